@@ -1,0 +1,43 @@
+"""Surgery on model adapters and checkpoints: inspect, convert, and more, on the files themselves."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from peftsurgery import algorithms as algorithms
+    from peftsurgery.adapter import Adapter as Adapter
+    from peftsurgery.checkpoint import Checkpoint as Checkpoint
+    from peftsurgery.checkpoint import open_checkpoint as open_checkpoint
+    from peftsurgery.codec import load_adapter as load_adapter
+    from peftsurgery.codec import save_adapter as save_adapter
+    from peftsurgery.operations.convert import convert as convert
+    from peftsurgery.operations.inspect import inspect as inspect
+
+_HOMES = {
+    "Adapter": "peftsurgery.adapter",
+    "Checkpoint": "peftsurgery.checkpoint",
+    "convert": "peftsurgery.operations.convert",
+    "inspect": "peftsurgery.operations.inspect",
+    "load_adapter": "peftsurgery.codec",
+    "open_checkpoint": "peftsurgery.checkpoint",
+    "save_adapter": "peftsurgery.codec",
+}
+
+__all__ = [*_HOMES, "algorithms"]
+
+
+def __getattr__(name: str) -> object:
+    """Public names are imported on first use: importing the package costs nothing."""
+    if name == "algorithms":
+        return importlib.import_module("peftsurgery.algorithms")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'peftsurgery' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

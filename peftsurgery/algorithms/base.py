@@ -1,0 +1,220 @@
+"""What every adapter algorithm shares: storage, the merge formula, splitting and joining of output
+rows.
+
+An adapter changes one weight W (o, i, *k) and its bias. It is additive when ΔW does not depend on
+W. Factors are oriented to the weight as stored in the file, so no transposes appear in the
+formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import CannotSplit, UsageError
+from ..linalg import RankRule, Triplet, core_svd, dense_svd
+from .slots import Part, check_parts, fit_shape, fuse_common, pad_to
+from .storage import AdapterTensors, Common
+
+
+class WeightAdapter(AdapterTensors):
+    """One learned change of one weight; see the subclasses for the formula of ΔW.
+
+    Tensors are kept as given (same storage, same dtype) in parameters without gradient; every
+    formula casts to fp32. Construction checks the shapes and nothing else; UsageError names the
+    field, what it got and what it expected.
+
+    scale           fp32 0-d buffer; multiplies the algorithm's product; alpha / r is resolved.
+    magnitude       DoRA (Liu et al. 2024, arXiv 2402.09353), (o,) for axis "out", (i,) for "in":
+                    W' = m · (W + ΔW) / ||W + ΔW||, one norm per row, or one per column over rows
+                    and kernel.
+    bias            change of the bias (o,): a delta with scale, or its value (`bias_is_value`).
+    padded_shape    W is zero-padded at the end of each dimension to this shape first.
+    stored          how the file names the layer: "linear", "embedding" or "conv1d"; carried only.
+    """
+
+    # --- to be written by each algorithm ----------------------------------------------------------
+
+    def _tile(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Rows start:stop of the algorithm's own product, scale included, (rows, columns), before
+        DoRA."""
+        raise NotImplementedError
+
+    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """(U, V) with U V = the same product."""
+        return None
+
+    def _rows(self, start: int, stop: int, common: Common) -> WeightAdapter:
+        raise NotImplementedError
+
+    @classmethod
+    def _fuse(cls, parts: Sequence[Part], common: Common) -> WeightAdapter:
+        raise NotImplementedError
+
+    # --- ΔW ---------------------------------------------------------------------------------------
+
+    def delta(self, weight: Tensor | None = None) -> Tensor:
+        """ΔW in fp32, scale included, in the shape of `weight` (padded) or in `shape`.
+
+        UsageError when the weight is needed and missing (not additive), or does not fit.
+        """
+        if not self.additive:
+            if weight is None:
+                raise UsageError(
+                    f"{type(self).__name__}: the change depends on the weight; pass it to delta()."
+                )
+            base = pad_to(weight.float(), self.padded_shape)
+            return self._replacement(base) - base
+        target = self._shape if weight is None else (self.padded_shape or tuple(weight.shape))
+        return self._dense(target)
+
+    def _dense(self, target: tuple[int, ...]) -> Tensor:
+        if not fit_shape(self._shape, target):
+            raise UsageError(
+                f"{type(self).__name__}: a change of shape {self._shape} does not fit a weight "
+                f"{target}."
+            )
+        return self._tile(0, self._shape[0], torch.float32).reshape(target)
+
+    def tile(self, start: int, stop: int) -> Tensor:
+        """Rows start:stop of ΔW as (rows, i·k) in fp32 without building the rest; additive adapters
+        only."""
+        self._require_additive("tile")
+        self._check_range(start, stop)
+        return self._tile(start, stop, torch.float32)
+
+    def accumulate(self, out: Tensor, start: int, stop: int, strength: float = 1.0) -> Tensor:
+        """out += strength · tile(start, stop) in place; out (rows, i·k) fp32. Returns out."""
+        return out.add_(self.tile(start, stop), alpha=strength)
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """(U (o, R), V (R, i·k)) in fp32 with U V = ΔW exactly; None when there are none or R would
+        be full.
+
+        May share storage with the parameters: do not write into them.
+        """
+        return self._factors(torch.float32) if self.additive else None
+
+    def svd(self, rule: RankRule | None = None) -> Triplet:
+        """U (o, k), S (k,), Vh (k, i·k) of ΔW, from factors where there are any; additive adapters
+        only."""
+        self._require_additive("svd")
+        if bad := self.nonfinite():
+            raise UsageError(f"{self._at(bad[0])}: NaN or Inf; no SVD is defined.")
+        factors = self._factors(torch.float32)
+        if factors is not None:
+            return core_svd(*factors, rule)
+        return dense_svd(self._tile(0, self._shape[0], torch.float32), rule)
+
+    def _require_additive(self, verb: str) -> None:
+        if not self.additive:
+            raise UsageError(
+                f"{type(self).__name__}.{verb}: the change depends on the weight; use "
+                "merged(weight)."
+            )
+
+    # --- merging ----------------------------------------------------------------------------------
+
+    def merged(
+        self, weight: Tensor, bias: Tensor | None = None, strength: float = 1.0
+    ) -> tuple[Tensor, Tensor | None]:
+        """(W', b') in fp32: W' = W + t (W_1 - W), b' likewise; t = `strength`.
+
+        W_1 = W + ΔW, or m (W + ΔW) / ||W + ΔW|| for DoRA (a zero norm divides by nothing and leaves
+        zeros), or the new value. Exactly W at t = 0 and exactly W_1 at t = 1. b' is None when
+        neither side has a bias.
+        """
+        base = pad_to(weight.float(), self.padded_shape)
+        if strength == 0:
+            result = base.clone()
+        elif self.additive:
+            if not fit_shape(self._shape, tuple(base.shape)):
+                self._dense(tuple(base.shape))  # raises
+            flat = base.reshape(self.matrix_shape).clone(memory_format=torch.contiguous_format)
+            result = self.accumulate(flat, 0, self._shape[0], strength).reshape(base.shape)
+        else:
+            full = self._replacement(base)
+            result = full if strength == 1 else base + strength * (full - base)
+        return result, self._merged_bias(bias, strength)
+
+    def _replacement(self, base: Tensor) -> Tensor:
+        """W_1 of an adapter that is not additive; here DoRA."""
+        assert self.magnitude is not None
+        direction = base + self._dense(tuple(base.shape))
+        axis = 0 if self.magnitude_axis == "out" else 1
+        if direction.ndim < 2 or direction.shape[axis] != self.magnitude.numel():
+            raise UsageError(
+                f"{self._at('magnitude')}: {self.magnitude.numel()} values do not fit axis "
+                f"'{self.magnitude_axis}' of a weight {tuple(base.shape)}."
+            )
+        others = [d for d in range(direction.ndim) if d != axis]
+        norm = torch.linalg.vector_norm(direction, dim=others, keepdim=True)
+        magnitude = self.magnitude.float().reshape(norm.shape)
+        return direction * torch.where(norm > 0, magnitude / torch.where(norm > 0, norm, 1.0), 1.0)
+
+    def _merged_bias(self, bias: Tensor | None, strength: float) -> Tensor | None:
+        if bias is not None:
+            base = bias.float()
+            if self.padded_shape is not None:
+                base = pad_to(base, self.padded_shape[:1])
+        elif self.bias is None or strength == 0:
+            return None
+        else:
+            base = torch.zeros(self._shape[0], device=self.bias.device)
+        if self.bias is None or strength == 0:
+            return base.clone()
+        if base.shape != self.bias.shape:
+            raise UsageError(
+                f"{self._at('bias')}: {tuple(self.bias.shape)} does not fit a bias "
+                f"{tuple(base.shape)}."
+            )
+        change = self.bias.float()
+        if not self.bias_is_value:
+            return base + strength * change
+        return change.clone() if strength == 1 else base + strength * (change - base)
+
+    # --- rows -------------------------------------------------------------------------------------
+
+    def _check_range(self, start: int, stop: int) -> None:
+        if not 0 <= start < stop <= self._shape[0]:
+            raise UsageError(f"{type(self).__name__}: rows {start}:{stop} of {self._shape[0]}.")
+
+    def rows(self, start: int, stop: int) -> WeightAdapter:
+        """The exact restriction to output rows start:stop, sharing storage; CannotSplit when there
+        is none.
+
+        A per-input DoRA cannot be split: its norms run over all rows.
+        """
+        self._check_range(start, stop)
+        if (start, stop) == (0, self._shape[0]):
+            return self
+        if self.magnitude_axis == "in":
+            raise CannotSplit(
+                "per-input DoRA: its column norms couple all output rows. Merge it into the "
+                "base, or convert with --base and --algorithm lora."
+            )
+        common = self.common()
+        if self.magnitude is not None:
+            common["magnitude"] = self.magnitude[start:stop]
+        if self.bias is not None:
+            common["bias"] = self.bias[start:stop]
+        if self.padded_shape is not None:
+            common["padded_shape"] = (stop - start, *self.padded_shape[1:])
+        return self._rows(start, stop, common)
+
+    @classmethod
+    def fuse(cls, parts: Sequence[WeightAdapter | int]) -> WeightAdapter:
+        """Join along the output rows; an int is that many untouched rows. Exact, or CannotFuse says
+        why not.
+
+        Equal input sides are stored once, different ones block by block. Unequal scales: the first
+        non-zero scale is kept and its ratio to the others goes into their output side, rounded once
+        to the widest dtype of the parts. Biases: missing ones are zero deltas. DoRA: per-output
+        magnitudes are concatenated.
+        """
+        slots = check_parts(cls, parts)
+        if len(slots) == 1 and slots[0].adapter is not None:
+            return slots[0].adapter
+        return cls._fuse(slots, Common(**fuse_common(slots)))

@@ -1,0 +1,125 @@
+"""How far two adapters are apart, and how large one is, without a dense ΔW larger than a tile."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..errors import UsageError
+from ..linalg import low_rank_difference_norm, low_rank_norm
+from .base import WeightAdapter
+from .slots import bit_equal, fit_shape
+
+TILE = 1 << 22  # elements of an fp64 row tile
+
+
+def norm(adapter: WeightAdapter) -> float:
+    """||ΔW||_F of an additive adapter, from its factors or by row tiles in fp64; UsageError for
+    others."""
+    if not adapter.additive:
+        raise UsageError(
+            f"norm: the change of a {type(adapter).__name__} depends on the weight; use "
+            "merged(weight)."
+        )
+    return _term_norm(adapter)
+
+
+def difference(a: WeightAdapter, b: WeightAdapter) -> float:
+    """max over weight and bias of ||x_a - x_b||_F / max(||x_a||, ||x_b||): 0 for equal, 1 to 2 for
+    unrelated ones.
+
+    Bit-equal adapters are 0 without arithmetic. Weights are compared through their factors in fp64
+    (resolution about 1e-8) or by row tiles of fp64. Two DoRA compare their products before the
+    norm, and their magnitudes by max|m_a - m_b| / max|m|; two replacements compare values. inf when
+    the two are of kinds that only a weight could compare: one additive and one not, another
+    magnitude axis, bias delta against bias value, another padding. nan when either holds NaN.
+    UsageError when the shapes differ (trailing ones and flattening aside).
+    """
+    if not fit_shape(a.shape, b.shape):
+        raise UsageError(f"difference: shapes {a.shape} and {b.shape} are not of one weight.")
+    if a is b or _identical(a, b):
+        return 0.0
+    if not _same_kind(a, b):
+        return math.inf
+    found = [_term_difference(a, b), _relative(a.bias, b.bias)]
+    if a.magnitude is not None and b.magnitude is not None:
+        x, y = a.magnitude.double(), b.magnitude.double()
+        found.append(_ratio(float((x - y).abs().max()), float(x.abs().max()), float(y.abs().max())))
+    return math.nan if any(math.isnan(f) for f in found) else max(found)
+
+
+def _identical(a: WeightAdapter, b: WeightAdapter) -> bool:
+    attributes = ("magnitude_axis", "bias_is_value", "padded_shape")
+    if type(a) is not type(b) or any(getattr(a, n) != getattr(b, n) for n in attributes):
+        return False
+    names = (*a.fields, "magnitude", "bias")
+    return bit_equal(a.scale, b.scale) and all(
+        bit_equal(a._parameters[n], b._parameters[n]) for n in names
+    )
+
+
+def _same_kind(a: WeightAdapter, b: WeightAdapter) -> bool:
+    if a.additive != b.additive or a.magnitude_axis != b.magnitude_axis:
+        return False
+    if not a.additive and "set" in (a.algorithm, b.algorithm):
+        if a.algorithm != b.algorithm:
+            return False
+        present = [[t is None for t in (x._parameters["weight"], x.bias)] for x in (a, b)]
+        if present[0] != present[1]:
+            return False
+    if a.bias is not None and b.bias is not None and a.bias_is_value != b.bias_is_value:
+        return False
+    if (a.bias is None) != (b.bias is None) and (a if b.bias is None else b).bias_is_value:
+        return False
+    return a.padded_shape == b.padded_shape
+
+
+def _thin(adapter: WeightAdapter) -> tuple[Tensor, Tensor] | None:
+    factors = adapter._factors(torch.float64)
+    return factors if factors and 2 * factors[0].shape[1] <= min(adapter.matrix_shape) else None
+
+
+def _step(adapter: WeightAdapter) -> int:
+    return max(1, TILE // adapter.matrix_shape[1])
+
+
+def _term_norm(adapter: WeightAdapter) -> float:
+    if (factors := _thin(adapter)) is not None:
+        return low_rank_norm(*factors)
+    rows, step = adapter.shape[0], _step(adapter)
+    tiles = (adapter._tile(i, min(i + step, rows), torch.float64) for i in range(0, rows, step))
+    return math.sqrt(sum(float(t.square().sum()) for t in tiles))
+
+
+def _term_difference(a: WeightAdapter, b: WeightAdapter) -> float:
+    first, second = _thin(a), _thin(b)
+    if first and second:
+        gap = low_rank_difference_norm(*first, *second)
+        return _ratio(gap, low_rank_norm(*first), low_rank_norm(*second))
+    sums = [0.0, 0.0, 0.0]
+    rows, step = a.shape[0], _step(a)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        x, y = a._tile(start, stop, torch.float64), b._tile(start, stop, torch.float64)
+        for n, part in enumerate((x - y, x, y)):
+            sums[n] += float(part.square().sum())
+    return _ratio(*(math.sqrt(s) for s in sums))
+
+
+def _relative(x: Tensor | None, y: Tensor | None) -> float:
+    """A missing bias is zero."""
+    if x is None or y is None:
+        x, y = (x, y) if x is not None else (y, x)
+        if x is None:
+            return 0.0
+        y = torch.zeros_like(x)
+    x, y = x.double(), y.double()
+    return _ratio(float((x - y).norm()), float(x.norm()), float(y.norm()))
+
+
+def _ratio(gap: float, x: float, y: float) -> float:
+    if any(math.isnan(v) for v in (gap, x, y)):
+        return math.nan
+    return gap / max(x, y) if max(x, y) > 0 else 0.0

@@ -1,0 +1,169 @@
+"""LoHa, the Hadamard product of two low-rank matrices (Hyeon-Woo et al. 2021, arXiv 2108.06098;
+LyCORIS, PEFT)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CannotFuse
+from ..linalg import khatri_rao
+from .base import WeightAdapter
+from .slots import Part, block_diagonal, group_by, join, ratio, scaled, stack_rows, widest
+from .storage import Common
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Pair = tuple[Tensor, Tensor]
+
+
+class LoHa(WeightAdapter):
+    """ΔW = scale · (w1_a @ w1_b) ⊙ (w2_a @ w2_b), reshaped to the weight.
+
+    w1_a, w2_a   (o, r)
+    w1_b, w2_b   (r, i·k) or (r, i, *k)
+
+    With Tucker cores each factor is W_j = Σ_mn w_a[m, :] t[m, n, *k] w_b[n, :] and the a side lies
+    transposed:
+
+    t1, t2       (r, r', *k), w_a (r, o), w_b (r', i)
+
+    kernel       hint for flat w_b, used by `shape` alone: (r, i·k) does not tell i from k.
+    """
+
+    algorithm = "loha"
+    fields = ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")
+    options = ("kernel",)
+    w1_a: nn.Parameter
+    w1_b: nn.Parameter
+    w2_a: nn.Parameter
+    w2_b: nn.Parameter
+    t1: nn.Parameter | None
+    t2: nn.Parameter | None
+
+    def __init__(
+        self,
+        w1_a: Tensor,
+        w1_b: Tensor,
+        w2_a: Tensor,
+        w2_b: Tensor,
+        t1: Tensor | None = None,
+        t2: Tensor | None = None,
+        *,
+        kernel: tuple[int, ...] | None = None,
+        **common: Unpack[Common],
+    ) -> None:
+        self.kernel = kernel
+        tensors = {"w1_a": w1_a, "w1_b": w1_b, "w2_a": w2_a, "w2_b": w2_b, "t1": t1, "t2": t2}
+        super().__init__(tensors, **common)
+
+    def _measure(self) -> tuple[int, ...]:
+        first = self._measure_half("w1_a", "w1_b", "t1")
+        second = self._measure_half("w2_a", "w2_b", "t2")
+        if (self.t1 is None) != (self.t2 is None):
+            self._expect("t1" if self.t1 is None else "t2", False, "both Tucker cores or none")
+        longest = max(first, second, key=len)
+        columns = [torch.Size(s[1:]).numel() for s in (first, second)]
+        same = first[0] == second[0] and columns[0] == columns[1]
+        self._expect("w2_a", same, f"a second factor of the first one's shape {first}")
+        if self.kernel and len(longest) == 2:
+            size = torch.Size(self.kernel).numel()
+            self._expect(
+                "w1_b", longest[1] % size == 0, f"(rank, in · {size}) for kernel {self.kernel}"
+            )
+            return (longest[0], longest[1] // size, *self.kernel)
+        return longest
+
+    def _measure_half(self, name_a: str, name_b: str, name_t: str) -> tuple[int, ...]:
+        a: Tensor = getattr(self, name_a)
+        b: Tensor = getattr(self, name_b)
+        t: Tensor | None = getattr(self, name_t)
+        self._expect(name_a, a is not None and a.ndim == 2, "a matrix")
+        self._expect(
+            name_b, b is not None and b.ndim >= 2, "(rank, in · kernel) or (rank, in, *kernel)"
+        )
+        if t is None:
+            self._expect(name_b, b.shape[0] == a.shape[1], f"({a.shape[1]}, in · kernel)")
+            return (a.shape[0], *b.shape[1:])
+        self._expect(name_t, t.ndim >= 2, "(rank, rank, *kernel)")
+        self._expect(name_a, a.shape[0] == t.shape[0], f"({t.shape[0]}, out) beside {name_t}")
+        self._expect(
+            name_b, tuple(b.shape[:1]) == (t.shape[1],) and b.ndim == 2, f"({t.shape[1]}, in)"
+        )
+        return (a.shape[1], b.shape[1], *t.shape[2:])
+
+    @property
+    def rank(self) -> int:
+        return self.w1_b.shape[0]
+
+    def _half(self, n: int, start: int, stop: int, dtype: torch.dtype) -> Pair:
+        """(A (rows, r), B (r, i·k)) of factor 1 or 2."""
+        a, b, t = (self.w1_a, self.w1_b, self.t1) if n == 1 else (self.w2_a, self.w2_b, self.t2)
+        if t is None:
+            return a[start:stop].to(dtype), b.to(dtype).flatten(1)
+        core = t.to(dtype).flatten(2) if t.ndim > 2 else t.to(dtype)[..., None]
+        return a[:, start:stop].to(dtype).T, torch.einsum("mnk,ni->mik", core, b.to(dtype)).flatten(
+            1
+        )
+
+    def _tile(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        a1, b1 = self._half(1, start, stop, dtype)
+        a2, b2 = self._half(2, start, stop, dtype)
+        return (a1 * float(self.scale) @ b1) * (a2 @ b2)
+
+    def _factors(self, dtype: torch.dtype) -> Pair | None:
+        """Khatri-Rao factors, R = r1 r2."""
+        a1, b1 = self._half(1, 0, self.shape[0], dtype)
+        a2, b2 = self._half(2, 0, self.shape[0], dtype)
+        if a1.shape[1] * a2.shape[1] >= min(self.matrix_shape):
+            return None
+        return khatri_rao(a1 * float(self.scale), b1, a2, b2)
+
+    def _rows(self, start: int, stop: int, common: Common) -> LoHa:
+        cut = slice(start, stop)
+        a1, a2 = (
+            (self.w1_a[cut], self.w2_a[cut])
+            if self.t1 is None
+            else (self.w1_a[:, cut], self.w2_a[:, cut])
+        )
+        return LoHa(a1, self.w1_b, a2, self.w2_b, self.t1, self.t2, kernel=self.kernel, **common)
+
+    @classmethod
+    def _fuse(cls, parts: Sequence[Part], common: Common) -> LoHa:
+        """Both products become block-diagonal on the a side, so the blocks stay apart under ⊙."""
+        live = [p.adapter for p in parts if isinstance(p.adapter, LoHa)]
+        tucker = live[0].t1 is not None
+        if any((a.t1 is not None) != tucker for a in live):
+            raise CannotFuse("a Tucker LoHa beside a plain one: convert with --algorithm lora.")
+        groups, members = group_by(parts, ("w1_b", "w2_b", "t1", "t2"))
+        owners = [m for m in members if isinstance(m, LoHa)]
+        sides: list[Tensor] = []
+        for name in ("w1_a", "w2_a"):
+            tensors = [getattr(a, name) for a in live]
+            dtype = widest(tensors)
+            blocks: list[Tensor | int] = []
+            for part in parts:
+                if not isinstance(part.adapter, LoHa):
+                    blocks.append(part.rows)
+                    continue
+                a = getattr(part.adapter, name)
+                factor = ratio(part.adapter, common.get("scale", 1.0)) if name == "w1_a" else 1.0
+                blocks.append(scaled(a.T if tucker else a, factor, dtype))
+            widths = [
+                m._half(1 if name == "w1_a" else 2, 0, 1, torch.float32)[0].shape[1] for m in owners
+            ]
+            starts = [sum(widths[:n]) for n in range(len(widths))]
+            side = stack_rows(blocks, [starts[g] if g >= 0 else 0 for g in groups])
+            sides.append(side.T.contiguous() if tucker else side)
+        first = owners[0]
+        b1, b2, t1, t2 = first.w1_b, first.w2_b, first.t1, first.t2
+        if len(owners) > 1:
+            b1 = join([m.w1_b.reshape(m.w1_b.shape[0], *b1.shape[1:]) for m in owners])
+            b2 = join([m.w2_b.reshape(m.w2_b.shape[0], *b2.shape[1:]) for m in owners])
+            t1 = block_diagonal([m.t1 for m in owners if m.t1 is not None]) if tucker else None
+            t2 = block_diagonal([m.t2 for m in owners if m.t2 is not None]) if tucker else None
+        return LoHa(sides[0], b1, sides[1], b2, t1, t2, kernel=live[0].kernel, **common)

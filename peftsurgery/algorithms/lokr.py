@@ -1,0 +1,288 @@
+"""LoKr, the Kronecker product of a small and a larger factor (Yeh et al. 2023, arXiv 2309.14859;
+LyCORIS, PEFT)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CannotFuse, CannotSplit, UsageError
+from ..linalg import RankRule, Triplet, core_svd, dense_svd, kron_svd
+from .base import WeightAdapter
+from .slots import Part, bit_equal, join, ratio, scaled, stack_rows, widest
+from .storage import Common
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Pair = tuple[Tensor, Tensor]
+
+_W2 = ("w2", "w2_a", "w2_b", "t2")
+
+
+class LoKr(WeightAdapter):
+    """ΔW = scale · w1 ⊗ w2: row α·b + β, column γ·d + δ (kernel last) holds w1[α, γ] · w2[β, δ,
+    *k].
+
+    w1     (a, c), or w1_a (a, r) @ w1_b (r, c)
+    w2     (b, d, *k); or w2_a (b, r) @ w2_b (r, d·k) or (r, d, *k);
+           or Tucker: Σ_mn w2_a[m, :] t2[m, n, *k] w2_b[n, :] with t2 (r, r', *k), w2_a (r, b), w2_b
+           (r', d)
+
+    o = a b, i = c d. A flat w2_b does not tell d from k: `shape` is then (o, i·k), unless `kernel`
+    says.
+    """
+
+    algorithm = "lokr"
+    fields = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")
+    options = ("kernel",)
+    w1: nn.Parameter | None
+    w1_a: nn.Parameter | None
+    w1_b: nn.Parameter | None
+    w2: nn.Parameter | None
+    w2_a: nn.Parameter | None
+    w2_b: nn.Parameter | None
+    t2: nn.Parameter | None
+
+    def __init__(
+        self,
+        w1: Tensor | None = None,
+        w1_a: Tensor | None = None,
+        w1_b: Tensor | None = None,
+        w2: Tensor | None = None,
+        w2_a: Tensor | None = None,
+        w2_b: Tensor | None = None,
+        t2: Tensor | None = None,
+        *,
+        kernel: tuple[int, ...] | None = None,
+        **common: Unpack[Common],
+    ) -> None:
+        self.kernel = kernel
+        super().__init__(
+            {"w1": w1, "w1_a": w1_a, "w1_b": w1_b, "w2": w2, "w2_a": w2_a, "w2_b": w2_b, "t2": t2},
+            **common,
+        )
+
+    def _measure(self) -> tuple[int, ...]:
+        a, c = self._measure_w1()
+        b, d, *kernel = self._measure_w2()
+        if self.kernel and not kernel:
+            size = torch.Size(self.kernel).numel()
+            if d % size:
+                raise UsageError(
+                    f"{self._at('w2_b')}: {d} columns are no multiple of kernel {self.kernel}."
+                )
+            d, kernel = d // size, list(self.kernel)
+        self._blocks = (a, b, c)
+        return (a * b, c * d, *kernel)
+
+    def _one_of(self, whole: str, left: str, right: str) -> bool:
+        """Whether the factor is whole; exactly one form must be there."""
+        full, a, b = (self._parameters[n] is not None for n in (whole, left, right))
+        if full == (a or b) or a != b:
+            raise UsageError(
+                f"LoKr: needs either {whole}, or both {left} and {right}, and not more."
+            )
+        return full
+
+    def _measure_w1(self) -> tuple[int, int]:
+        if self._one_of("w1", "w1_a", "w1_b"):
+            assert self.w1 is not None
+            good = self.w1.ndim >= 2 and all(n == 1 for n in self.w1.shape[2:])
+            self._expect("w1", good, "(a, c)")
+            return self.w1.shape[0], self.w1.shape[1]
+        assert self.w1_a is not None
+        assert self.w1_b is not None
+        self._expect("w1_a", self.w1_a.ndim == 2, "(a, rank)")
+        r = self.w1_a.shape[1]
+        self._expect("w1_b", self.w1_b.ndim == 2 and self.w1_b.shape[0] == r, f"({r}, c)")
+        return self.w1_a.shape[0], self.w1_b.shape[1]
+
+    def _measure_w2(self) -> tuple[int, ...]:
+        if self._one_of("w2", "w2_a", "w2_b"):
+            assert self.w2 is not None
+            self._expect("t2", self.t2 is None, "nothing beside a whole w2")
+            self._expect("w2", self.w2.ndim >= 2, "(b, d, *kernel)")
+            return tuple(self.w2.shape)
+        assert self.w2_a is not None
+        assert self.w2_b is not None
+        self._expect("w2_a", self.w2_a.ndim == 2, "a matrix")
+        self._expect("w2_b", self.w2_b.ndim >= 2, "(rank, d · kernel) or (rank, d, *kernel)")
+        if self.t2 is None:
+            r = self.w2_a.shape[1]
+            self._expect("w2_b", self.w2_b.shape[0] == r, f"({r}, d · kernel)")
+            return (self.w2_a.shape[0], *self.w2_b.shape[1:])
+        self._expect("t2", self.t2.ndim >= 2, "(rank, rank, *kernel)")
+        m, n = self.t2.shape[:2]
+        self._expect("w2_a", self.w2_a.shape[0] == m, f"({m}, b) beside t2")
+        self._expect("w2_b", self.w2_b.ndim == 2 and self.w2_b.shape[0] == n, f"({n}, d) beside t2")
+        return (self.w2_a.shape[1], self.w2_b.shape[1], *self.t2.shape[2:])
+
+    @property
+    def rank(self) -> int | None:
+        if self.w2_b is not None:
+            return self.w2_b.shape[0]
+        return None if self.w1_b is None else self.w1_b.shape[0]
+
+    # --- factors ----------------------------------------------------------------------------------
+
+    def _first_pair(self, dtype: torch.dtype) -> Pair | None:
+        if self.w1_a is None or self.w1_b is None:
+            return None
+        return self.w1_a.to(dtype), self.w1_b.to(dtype)
+
+    def _second_pair(self, dtype: torch.dtype) -> Pair | None:
+        if self.w2_a is None or self.w2_b is None:
+            return None
+        if self.t2 is None:
+            return self.w2_a.to(dtype), self.w2_b.to(dtype).flatten(1)
+        core = self.t2.to(dtype).flatten(2) if self.t2.ndim > 2 else self.t2.to(dtype)[..., None]
+        inner = torch.einsum("mnk,nd->mdk", core, self.w2_b.to(dtype)).flatten(1)
+        return self.w2_a.to(dtype).T, inner
+
+    def _first(self, dtype: torch.dtype) -> Tensor:
+        """w1 (a, c) without scale."""
+        if self.w1 is not None:
+            return self.w1.to(dtype).flatten(1)
+        pair = self._first_pair(dtype)
+        assert pair is not None
+        return pair[0] @ pair[1]
+
+    def _second(self, dtype: torch.dtype) -> Tensor:
+        """w2 (b, d·k)."""
+        if self.w2 is not None:
+            return self.w2.to(dtype).flatten(1)
+        pair = self._second_pair(dtype)
+        assert pair is not None
+        return pair[0] @ pair[1]
+
+    def _tile(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        b = self._blocks[1]
+        first, second = self._first(dtype) * float(self.scale), self._second(dtype)
+        row = torch.arange(start, stop, device=first.device)
+        return (first[row // b][:, :, None] * second[row % b][:, None, :]).flatten(1)
+
+    def _factors(self, dtype: torch.dtype) -> Pair | None:
+        """(U_1 ⊗ U_2, V_1 ⊗ V_2), R = r_1 r_2; a whole factor counts with its smaller side."""
+        pairs = [
+            _trivial(self._first(dtype), self._first_pair(dtype)),
+            _trivial(self._second(dtype), self._second_pair(dtype)),
+        ]
+        (u1, v1), (u2, v2) = pairs
+        if u1.shape[1] * u2.shape[1] >= min(self.matrix_shape):
+            return None
+        return torch.kron(u1 * float(self.scale), u2), torch.kron(v1, v2)
+
+    def svd(self, rule: RankRule | None = None) -> Triplet:
+        """From the SVDs of the two factors: the singular values are all their products times
+        |scale|."""
+        self._require_additive("svd")
+        if bad := self.nonfinite():
+            raise UsageError(f"{self._at(bad[0])}: NaN or Inf; no SVD is defined.")
+        first = dense_svd(self._first(torch.float32) * float(self.scale))
+        pair = self._second_pair(torch.float32)
+        if pair is None or pair[0].shape[1] >= min(pair[0].shape[0], pair[1].shape[1]):
+            return kron_svd(first, dense_svd(self._second(torch.float32)), rule)
+        return kron_svd(first, core_svd(*pair), rule)
+
+    # --- rows -------------------------------------------------------------------------------------
+
+    def _rows(self, start: int, stop: int, common: Common) -> LoKr:
+        b = self._blocks[1]
+        top, bottom = start // b, -(-stop // b)
+        changes: dict[str, Tensor | None] = {n: self._parameters[n] for n in self.fields}
+        side = "w1_a" if self.w1 is None else "w1"
+        whole = start % b == 0 and stop % b == 0
+        if not whole and bottom - top > 1:
+            raise CannotSplit(
+                f"LoKr: rows {start}:{stop} cut through its blocks of {b} rows. Keep it on the "
+                "fused layer, or convert with --algorithm lora."
+            )
+        w1 = changes[side]
+        assert w1 is not None
+        changes[side] = w1[top:bottom]
+        if not whole:
+            cut = slice(start - top * b, stop - top * b)
+            name = "w2_a" if self.w2 is None else "w2"
+            w2 = changes[name]
+            assert w2 is not None
+            changes[name] = w2[cut] if self.t2 is None else w2[:, cut]
+        return self.with_tensors(**changes, **common)
+
+    @classmethod
+    def _fuse(cls, parts: Sequence[Part], common: Common) -> LoKr:
+        live = [p.adapter for p in parts if isinstance(p.adapter, LoKr)]
+        first = live[0]
+        scale = common.get("scale", 1.0)
+        shared: dict[str, Tensor | None] = {n: first._parameters[n] for n in first.fields}
+        if all(bit_equal(a._parameters[n], shared[n]) for a in live for n in _W2):
+            return cls._fuse_first(parts, live, shared, common)
+        # one block each, equal w1: the inverse of a cut inside a block
+        if (
+            len(live) == len(parts)
+            and all(a._blocks[0] == 1 and ratio(a, scale) == 1 for a in live)
+            and all(
+                bit_equal(a._parameters[n], shared[n]) for a in live for n in ("w1", "w1_a", "w1_b")
+            )
+        ):
+            if all(a.w2 is not None for a in live):
+                shared["w2"] = join([a.w2 for a in live if a.w2 is not None])
+                return first.with_tensors(**shared, **common)
+            if all(
+                bit_equal(a._parameters[n], shared[n]) for a in live for n in ("w2", "w2_b", "t2")
+            ):
+                dim = 0 if first.t2 is None else 1
+                shared["w2_a"] = join([a.w2_a for a in live if a.w2_a is not None], dim)
+                return first.with_tensors(**shared, **common)
+        raise CannotFuse(
+            "LoKr parts with different second factors have no common Kronecker form. Convert with "
+            "--algorithm lora."
+        )
+
+    @classmethod
+    def _fuse_first(
+        cls,
+        parts: Sequence[Part],
+        live: Sequence[LoKr],
+        shared: dict[str, Tensor | None],
+        common: Common,
+    ) -> LoKr:
+        """w1 rows on top of each other. Different w1_b's: the products themselves, in fp32."""
+        b = live[0]._blocks[1]
+        low = all(a.w1_b is not None and bit_equal(a.w1_b, live[0].w1_b) for a in live)
+        sides: dict[int, Tensor] = {}
+        for adapter in live:
+            side = adapter.w1_a if low else adapter.w1
+            sides[id(adapter)] = adapter._first(torch.float32) if side is None else side
+        dtype = widest(list(sides.values()))
+        blocks: list[Tensor | int] = []
+        for part in parts:
+            if isinstance(part.adapter, LoKr):
+                factor = ratio(part.adapter, common.get("scale", 1.0))
+                blocks.append(scaled(sides[id(part.adapter)], factor, dtype))
+            elif part.rows % b:
+                raise CannotFuse(
+                    f"LoKr: {part.rows} untouched rows are no multiple of its blocks of {b}. "
+                    "Convert with --algorithm lora."
+                )
+            else:
+                blocks.append(part.rows // b)
+        stacked = stack_rows(blocks, [0] * len(blocks))
+        tensors: dict[str, Tensor | None] = {**shared, "w1": None, "w1_a": None}
+        tensors["w1_a" if low else "w1"] = stacked
+        if not low:
+            tensors["w1_b"] = None
+        return live[0].with_tensors(**tensors, **common)
+
+
+def _trivial(matrix: Tensor, pair: Pair | None) -> Pair:
+    """The pair if it is thinner than the matrix, otherwise the matrix and an identity on its
+    smaller side."""
+    rows, columns = matrix.shape
+    if pair is not None and pair[0].shape[1] < min(rows, columns):
+        return pair
+    one = torch.eye(min(rows, columns), dtype=matrix.dtype, device=matrix.device)
+    return (matrix, one) if columns <= rows else (one, matrix)

@@ -1,0 +1,262 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685) for matrices and convolutions, with the Tucker form of
+LoCon."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CannotFit, CannotFuse, UsageError
+from ..linalg import RankRule, dense_svd
+from .base import WeightAdapter
+from .slots import (
+    Part,
+    block_diagonal,
+    fit_shape,
+    group_by,
+    join,
+    ratio,
+    scaled,
+    stack_rows,
+    widest,
+)
+from .storage import Common
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class LoRA(WeightAdapter):
+    """ΔW = scale · up @ down; with a Tucker core: scale · Σ_mn up[:, m] mid[m, n, *k] down[n, :].
+
+    up     (o, r) or (o, r, 1, …)
+    down   (r, i), or (r, i, *k) for a convolution, also beside a 2-D up
+    mid    None, or (r, r', *k) with down (r', i, 1, …): LyCORIS `lora_mid`
+    """
+
+    algorithm = "lora"
+    fields = ("up", "down", "mid")
+    up: nn.Parameter
+    down: nn.Parameter
+    mid: nn.Parameter | None
+
+    def __init__(
+        self, up: Tensor, down: Tensor, mid: Tensor | None = None, **common: Unpack[Common]
+    ) -> None:
+        super().__init__({"up": up, "down": down, "mid": mid}, **common)
+
+    def _measure(self) -> tuple[int, ...]:
+        up, down, mid = (None if t is None else t.shape for t in self._fields())
+        if up is None or down is None or len(down) < 2:
+            name, wanted = ("up", "(out, rank)") if up is None else ("down", "(rank, in, *kernel)")
+            raise self._mismatch(name, wanted)
+        if mid is None:
+            if len(up) < 2 or up[1] != down[0] or any(n != 1 for n in up[2:]):
+                self._expect("up", False, f"(out, {down[0]}) or (out, {down[0]}, 1, …)")
+            return (up[0], *down[1:])
+        good = len(up) >= 2 and up[1] == mid[0] and all(n == 1 for n in up[2:])
+        self._expect("up", good, f"(out, {mid[0]}) or (out, {mid[0]}, 1, …) beside mid")
+        self._expect("mid", len(mid) >= 2 and mid[1] == down[0], f"({up[1]}, {down[0]}, *kernel)")
+        self._expect("down", all(n == 1 for n in down[2:]), f"({down[0]}, in, 1, …) beside mid")
+        return (up[0], down[1], *mid[2:])
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    def _inner(self, dtype: torch.dtype) -> Tensor:
+        """The input side (r, i·k)."""
+        down = self.down.to(dtype).reshape(self.down.shape[0], -1)
+        if self.mid is None:
+            return down
+        mid = self.mid.to(dtype).flatten(2) if self.mid.ndim > 2 else self.mid.to(dtype)[..., None]
+        return torch.einsum("mnk,ni->mik", mid, down).flatten(1)
+
+    def _outer(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Rows of the output side (rows, r), scale included."""
+        up = self.up[start:stop].to(dtype).reshape(stop - start, -1)
+        scale = float(self.scale)
+        return up if scale == 1 else up * scale
+
+    def _tile(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        return self._outer(start, stop, dtype) @ self._inner(dtype)
+
+    def accumulate(self, out: Tensor, start: int, stop: int, strength: float = 1.0) -> Tensor:
+        self._require_additive("accumulate")
+        self._check_range(start, stop)
+        outer, inner = self._outer(start, stop, torch.float32), self._inner(torch.float32)
+        return out.addmm_(outer, inner, alpha=strength)
+
+    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        return self._outer(0, self.shape[0], dtype), self._inner(dtype)
+
+    # --- rows -------------------------------------------------------------------------------------
+
+    def _rows(self, start: int, stop: int, common: Common) -> LoRA:
+        return LoRA(self.up[start:stop], self.down, self.mid, **common)
+
+    @classmethod
+    def _fuse(cls, parts: Sequence[Part], common: Common) -> LoRA:
+        live = [p.adapter for p in parts if isinstance(p.adapter, LoRA)]
+        if len({a.mid is None for a in live}) > 1:
+            raise CannotFuse(
+                "a Tucker LoRA beside a plain one: convert with --algorithm lora first."
+            )
+        groups, members = group_by(parts, ("down", "mid"))
+        owners = [m for m in members if isinstance(m, LoRA)]
+        widths = [m.up.shape[1] for m in owners]
+        starts = [sum(widths[:n]) for n in range(len(widths))]
+        dtype = widest([a.up for a in live])
+        scale = common.get("scale", 1.0)
+        blocks: list[Tensor | int] = []
+        for part in parts:
+            if isinstance(part.adapter, LoRA):
+                blocks.append(scaled(part.adapter.up, ratio(part.adapter, scale), dtype))
+            else:
+                blocks.append(part.rows)
+        up = stack_rows(blocks, [starts[g] if g >= 0 else 0 for g in groups])
+        if len(owners) == 1:
+            return LoRA(up, owners[0].down, owners[0].mid, **common)
+        tail = owners[0].down.shape[1:]
+        down = join([m.down.reshape(m.down.shape[0], *tail) for m in owners])
+        mid = (
+            block_diagonal([m.mid for m in owners if m.mid is not None])
+            if owners[0].mid is not None
+            else None
+        )
+        return LoRA(up, down, mid, **common)
+
+    def _live_columns(self) -> Tensor:
+        """(r,) bool: columns of up that hold anything but zeros."""
+        return (self.up.detach().reshape(self.up.shape[0], -1).float() != 0).any(0)
+
+    def compact(self) -> LoRA:
+        """Without the rank indices whose column of up is exactly zero; ΔW and scale unchanged, rank
+        at least 1.
+
+        In the Tucker form the rows of down that no remaining slice of mid uses go too.
+        """
+        keep = _indices(self._live_columns())
+        if len(keep) == self.up.shape[1]:
+            return self
+        up = _take(self.up, 1, keep)
+        if self.mid is None:
+            return self.with_tensors(up=up, down=_take(self.down, 0, keep))
+        mid = _take(self.mid, 0, keep)
+        used = _indices((mid.transpose(0, 1).flatten(1).float() != 0).any(1))
+        return self.with_tensors(up=up, mid=_take(mid, 1, used), down=_take(self.down, 0, used))
+
+    # --- fit --------------------------------------------------------------------------------------
+
+    @classmethod
+    def fit(
+        cls,
+        source: WeightAdapter | Tensor,
+        rank: RankRule | str | int | None = None,
+        weight: Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> LoRA:
+        """ΔW -> LoRA. Without a rank the factorisation is exact; with one it is the optimal
+        truncation.
+
+        source   an adapter, or a dense ΔW (o, i, *k). Those that look at the weight need `weight`:
+                 then ΔW = W_1 - W. For additive ones it only supplies the kernel shape.
+        rank     None: the adapter's own factors with scale 1 (a plain LoRA is returned as it is);
+                 without factors the SVD down to rounding. A rule: up = U √S, down = √S Vh.
+        dtype    of the factors; None is fp32, or unchanged for a LoRA returned as it is.
+
+        Bias, padding and `stored` are carried. CannotFit for 1-D weights and pure bias changes;
+        UsageError names a field with NaN or Inf.
+        """
+        rule = None if rank is None else RankRule.parse(rank)
+        common = Common()
+        if isinstance(source, WeightAdapter):
+            if bad := source.nonfinite():
+                raise UsageError(
+                    f"{type(source).__name__}.{bad[0]}: NaN or Inf; it cannot be fitted."
+                )
+            common = source.common()
+            common.update(scale=1.0, magnitude=None, magnitude_axis=None)
+            target = source.shape
+            if weight is not None:
+                target = source.padded_shape or tuple(weight.shape)
+        else:
+            target = tuple(source.shape)
+        if not fit_shape(tuple(source.shape), target):
+            raise UsageError(
+                f"a change of shape {tuple(source.shape)} does not fit a weight {target}."
+            )
+        if len(target) < 2:
+            raise CannotFit(
+                f"a change of shape {target} has no low-rank form; keep it as a full difference."
+            )
+
+        if not isinstance(source, WeightAdapter):
+            up, down = _fit_dense(source.flatten(1), rule)
+        elif not source.additive:
+            up, down = _fit_dense(source.delta(weight).flatten(1), rule)
+        elif rule is not None:
+            up, down = _balance(*source.svd(rule))
+        elif isinstance(source, LoRA) and source.mid is None:
+            up, down = source.up, source.down
+            common["scale"] = source.scale
+            dtype = dtype or widest([up, down])
+            if up.dtype == down.dtype == dtype and source.shape == target:
+                return source
+        elif (factors := source.factors()) is not None:
+            up, down = factors
+        else:
+            up, down = _balance(*_above_rounding(*source.svd()))
+        dtype = dtype or torch.float32
+        inner, ones = up.shape[1], (1,) * (len(target) - 2)
+        up = up.detach().to(dtype).reshape(target[0], inner, *ones)
+        return cls(up, down.detach().to(dtype).reshape(inner, *target[1:]), **common)
+
+
+def _indices(mask: Tensor) -> list[int]:
+    return mask.nonzero().flatten().tolist() or [0]
+
+
+def _take(tensor: Tensor, dim: int, indices: list[int]) -> Tensor:
+    """Rows or columns; a view when they are contiguous."""
+    if indices[-1] - indices[0] + 1 == len(indices):
+        return tensor.detach().narrow(dim, indices[0], len(indices))
+    return torch.cat([tensor.detach().narrow(dim, i, 1) for i in indices], dim)
+
+
+def _balance(u: Tensor, s: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
+    root = s.sqrt()
+    return u * root, root[:, None] * vh
+
+
+def _above_rounding(u: Tensor, s: Tensor, vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    keep = max(1, int((s > torch.finfo(torch.float32).eps * s[0]).sum()))
+    return u[:, :keep], s[:keep], vh[:keep]
+
+
+def _fit_dense(matrix: Tensor, rule: RankRule | None) -> tuple[Tensor, Tensor]:
+    triplet = dense_svd(matrix.detach(), rule)
+    return _balance(*(triplet if rule else _above_rounding(*triplet)))
+
+
+def split_blocks(parts: Sequence[LoRA]) -> list[LoRA]:
+    """Undo a block-diagonal fusion after its rows were split: each part keeps only its own rank
+    indices.
+
+    Done when the parts share one input side and every rank index is used (non-zero column of up) by
+    exactly one of them; otherwise the parts come back as they are. ΔW is unchanged either way.
+    """
+    parts = list(parts)
+    if len(parts) < 2 or len({p.up.shape[1] for p in parts}) > 1:
+        return parts
+    slots = [Part(p, 0, p.shape[0]) for p in parts]
+    if len(group_by(slots, ("down", "mid"))[1]) > 1:
+        return parts
+    used = torch.stack([p._live_columns() for p in parts]).sum(0)
+    if not bool((used == 1).all()):
+        return parts
+    return [p.compact() for p in parts]

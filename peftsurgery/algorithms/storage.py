@@ -1,0 +1,213 @@
+"""What an adapter holds: tensors by name, scale, magnitude, bias; checked once, never copied."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UsageError, nearest
+from .slots import fit_shape
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+
+Axis = Literal["out", "in"]
+
+
+class Common(TypedDict, total=False):
+    """Constructor arguments of every algorithm besides its own tensors."""
+
+    scale: float | Tensor
+    magnitude: Tensor | None
+    magnitude_axis: Axis | None
+    bias: Tensor | None
+    bias_is_value: bool
+    padded_shape: tuple[int, ...] | None
+    stored: str
+
+
+class AdapterTensors(nn.Module):
+    """Storage and description of a `WeightAdapter`; see there for the meaning of the fields."""
+
+    algorithm: ClassVar[str]
+    fields: ClassVar[tuple[str, ...]]
+    options: ClassVar[tuple[str, ...]] = ()  # further constructor arguments of the subclass
+    scale: Tensor
+    magnitude: nn.Parameter | None
+    magnitude_axis: Axis | None
+    bias: nn.Parameter | None
+    bias_is_value: bool
+    padded_shape: tuple[int, ...] | None
+    stored: str
+    _shape: tuple[int, ...]
+
+    def __init__(self, tensors: Mapping[str, Tensor | None], **common: Unpack[Common]) -> None:
+        # A file holds a thousand of these: the dictionaries of nn.Module are filled directly, which
+        # is five times faster than its attribute setters.
+        super().__init__()
+        for name, tensor in tensors.items():
+            self._store(name, tensor)
+        magnitude = common.get("magnitude")
+        if magnitude is not None and magnitude.ndim != 1:
+            magnitude = magnitude.reshape(-1)
+        self._store("magnitude", magnitude)
+        self._store("bias", common.get("bias"))
+        scale = common.get("scale", 1.0)
+        number = float(scale.detach()) if isinstance(scale, Tensor) else scale
+        self._buffers["scale"] = torch.tensor(number, dtype=torch.float32)
+        padded = common.get("padded_shape")
+        self.__dict__.update(
+            magnitude_axis=common.get("magnitude_axis"),
+            bias_is_value=common.get("bias_is_value", False),
+            padded_shape=None if padded is None else tuple(padded),
+            stored=common.get("stored", "linear"),
+        )
+        self.__dict__["_shape"] = self._measure()
+        self._check_common()
+
+    def _store(self, name: str, tensor: Tensor | None) -> None:
+        if tensor is None:
+            self._parameters[name] = None
+            return
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise UsageError(f"{self._at(name)}: got {kind}, expected a floating-point tensor.")
+        if tensor.numel() == 0:
+            raise UsageError(f"{self._at(name)}: shape {tuple(tensor.shape)} has no elements.")
+        if type(tensor) is not nn.Parameter:
+            tensor = nn.Parameter(tensor, requires_grad=False)
+        self._parameters[name] = tensor
+
+    def _at(self, field: str) -> str:
+        return f"{type(self).__name__}.{field}"
+
+    def _fields(self) -> tuple[nn.Parameter | None, ...]:
+        return tuple(self._parameters[n] for n in self.fields)
+
+    def _mismatch(self, field: str, expected: str) -> UsageError:
+        got = self._parameters[field]
+        found = "nothing" if got is None else f"shape {tuple(got.shape)}"
+        return UsageError(f"{self._at(field)}: got {found}, expected {expected}.")
+
+    def _expect(self, field: str, good: bool, expected: str) -> None:
+        if not good:
+            raise self._mismatch(field, expected)
+
+    def _check_common(self) -> None:
+        o = self._shape[0]
+        magnitude, bias = self._parameters["magnitude"], self._parameters["bias"]
+        if magnitude is not None:
+            n = magnitude.numel()
+            if self.magnitude_axis == "out":
+                self._expect("magnitude", n == o, f"({o},) for axis 'out'")
+            elif self.magnitude_axis == "in":
+                i = self._shape[1] if len(self._shape) > 1 else 0
+                # (o, i*k) factors do not tell i
+                fits = n == i or (len(self._shape) == 2 and i % n == 0)
+                self._expect("magnitude", fits, f"({i},) for axis 'in'")
+            else:
+                raise UsageError(f"{self._at('magnitude')}: needs magnitude_axis 'out' or 'in'.")
+        elif self.magnitude_axis is not None:
+            raise UsageError(f"{self._at('magnitude_axis')}: given without a magnitude.")
+        if bias is not None:
+            self._expect("bias", tuple(bias.shape) == (o,), f"({o},)")
+        if self.padded_shape is not None and not fit_shape(self._shape, self.padded_shape):
+            raise UsageError(
+                f"{self._at('padded_shape')}: got {self.padded_shape}, but the change has shape "
+                f"{self._shape}."
+            )
+
+    def _measure(self) -> tuple[int, ...]:
+        """Check the fields' shapes and return the shape of ΔW."""
+        raise NotImplementedError
+
+    # --- description ------------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of ΔW as far as the factors tell: (o, i), (o, i, *k), (o, i·k) or (n,)."""
+        return self._shape
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(o, i·k): ΔW with everything behind the rows flattened; (n, 1) for 1-D."""
+        return self._shape[0], math.prod(self._shape[1:])
+
+    @property
+    def rank(self) -> int | None:
+        """Inner dimension of the factors (the r of alpha / r), None without factors."""
+        return None
+
+    @property
+    def additive(self) -> bool:
+        """Whether ΔW is known without looking at the weight."""
+        return self.magnitude is None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors present, by field name, then `magnitude` and `bias`."""
+        names = (*self.fields, "magnitude", "bias")
+        return {n: t for n in names if (t := self._parameters[n]) is not None}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    @property
+    def numel(self) -> int:
+        return sum(t.numel() for t in self.tensors().values())
+
+    def nonfinite(self) -> tuple[str, ...]:
+        """Names of the tensors (and `scale`) that hold NaN or Inf. Reads everything."""
+        checked = {**self.tensors(), "scale": self.scale}
+        return tuple(n for n, t in checked.items() if not bool(torch.isfinite(t.float()).all()))
+
+    def is_zero(self) -> bool:
+        """Whether it certainly changes nothing: additive, a factor (or the scale) all zero, no bias
+        change."""
+        if not self.additive or self.bias_is_value:
+            return False
+        if self.bias is not None and bool((self.bias != 0).any()):
+            return False
+        return float(self.scale) == 0 or self._is_zero_product()
+
+    def _is_zero_product(self) -> bool:
+        return any(
+            not bool((t != 0).any()) for n in self.fields if (t := self._parameters[n]) is not None
+        )
+
+    def extra_repr(self) -> str:
+        text = f"shape={self._shape}, rank={self.rank}, scale={float(self.scale):g}"
+        return text + (f", dora={self.magnitude_axis}" if self.magnitude_axis else "")
+
+    # --- copies -----------------------------------------------------------------------------------
+
+    def common(self) -> Common:
+        """The constructor arguments besides the algorithm's own tensors."""
+        return Common(
+            scale=self.scale,
+            magnitude=self.magnitude,
+            magnitude_axis=self.magnitude_axis,
+            bias=self.bias,
+            bias_is_value=self.bias_is_value,
+            padded_shape=self.padded_shape,
+            stored=self.stored,
+        )
+
+    def with_tensors(self, **changes: object) -> Self:
+        """The same adapter with some fields, options or common arguments replaced; the rest is
+        shared."""
+        known: dict[str, object] = {n: self._parameters[n] for n in self.fields}
+        known |= {n: getattr(self, n) for n in self.options}
+        known |= self.common()
+        for name in changes:
+            if name not in known:
+                hint = ", ".join(nearest(name, known))
+                raise UsageError(
+                    f"{self._at(name)}: no such field" + (f" (closest: {hint})." if hint else ".")
+                )
+        arguments = known | changes
+        return type(self)(**arguments)  # pyright: ignore[reportArgumentType, reportCallIssue]

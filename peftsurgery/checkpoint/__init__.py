@@ -1,0 +1,24 @@
+"""Files to tensors and back: strict headers, lazy tensors, checkpoints in any container, atomic
+saving.
+"""
+
+from peftsurgery.checkpoint.container import Checkpoint, sha256_of
+from peftsurgery.checkpoint.header import Header, Limits, TensorInfo, parse_header, read_header
+from peftsurgery.checkpoint.opening import open_checkpoint
+from peftsurgery.checkpoint.saving import save
+from peftsurgery.checkpoint.tensors import LazyTensor
+from peftsurgery.checkpoint.writing import Deferred
+
+__all__ = [
+    "Checkpoint",
+    "Deferred",
+    "Header",
+    "LazyTensor",
+    "Limits",
+    "TensorInfo",
+    "open_checkpoint",
+    "parse_header",
+    "read_header",
+    "save",
+    "sha256_of",
+]

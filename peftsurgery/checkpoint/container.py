@@ -1,0 +1,102 @@
+"""Checkpoint: a read-only mapping of lazy tensors, whatever files they lie in."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from peftsurgery.checkpoint.tensors import LazyTensor
+from peftsurgery.errors import UsageError
+
+_BUFFER_BYTES = 8 << 20
+
+
+class Checkpoint(Mapping[str, LazyTensor]):
+    """What `open_checkpoint` returns.
+
+    kind: "file" | "sharded" | "transformers" | "pipeline" | "peft" | "pickle".
+    A pipeline, and a folder of PEFT folders, names its tensors `component:tensor`; `components`
+    holds one Checkpoint for each, with the names of its own files, and `configs` their configs.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        tensors: Mapping[str, LazyTensor],
+        *,
+        source: str,
+        kind: str,
+        metadata: Mapping[str, str],
+        files: tuple[Path, ...],
+        config: dict[str, object] | None = None,
+        components: Mapping[str, Checkpoint] | None = None,
+    ) -> None:
+        self.path = path  # the file, index or folder
+        self.source = source  # as the caller gave it
+        self.kind = kind
+        self.metadata = dict(metadata)  # __metadata__ of the first file
+        self.config = config  # adapter_config.json, config.json or model_index.json
+        self.files = files
+        self.components: Mapping[str, Checkpoint] = MappingProxyType(dict(components or {}))
+        self._tensors = dict(tensors)
+
+    def __getitem__(self, name: str) -> LazyTensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({self.source!r}, {self.kind}, {len(self)} tensors)"
+
+    @property
+    def configs(self) -> dict[str, dict[str, object]]:
+        """Component -> its config, for the components that have one."""
+        return {
+            name: part.config for name, part in self.components.items() if part.config is not None
+        }
+
+    @property
+    def shard_of(self) -> Mapping[str, Path]:
+        """Tensor -> the file it lies in."""
+        return {name: tensor.path for name, tensor in self._tensors.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self._tensors.values())
+
+    def sha256(self) -> dict[str, str]:
+        """File name (below the folder, with `/`) -> SHA-256 of the whole file, in hex."""
+        root = self.path if self.path.is_dir() else self.path.parent
+        return {file.relative_to(root).as_posix(): sha256_of(file) for file in self.files}
+
+
+def sha256_of(path: Path | str, *, skip_header: bool = False) -> str:
+    """SHA-256 of a file, in hex; with `skip_header`, of the bytes behind a safetensors header only.
+
+    Raises UsageError for a file that cannot be read, or is no safetensors file where one is needed.
+    """
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(_BUFFER_BYTES))
+    try:
+        with open(path, "rb", buffering=0) as file:
+            if skip_header:
+                length = int.from_bytes(file.read(8), "little")
+                size = file.seek(0, 2)
+                if size < 8 or length > size - 8:
+                    raise UsageError(f"{path}: not a safetensors file")
+                file.seek(8 + length)
+            while count := file.readinto(buffer):
+                digest.update(buffer[:count])
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
+    return digest.hexdigest()

@@ -1,0 +1,121 @@
+"""A base checkpoint seen through an architecture table: home module paths -> stored tensors, fused rows included."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from peftsurgery.adapter import group_parts
+from peftsurgery.architectures import Architecture, Component, TensorSite
+from peftsurgery.checkpoint import Checkpoint, LazyTensor
+from peftsurgery.codec.detect import denoiser
+from peftsurgery.errors import UnsupportedError, UsageError, nearest
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One home tensor inside a checkpoint: the stored tensor, its site, and which part of it."""
+
+    name: str
+    tensor: LazyTensor
+    site: TensorSite
+    part: int
+
+    def load(self) -> torch.Tensor:
+        """The home tensor, row operator undone; rows of a fused tensor are read without the rest."""
+        if self.site.operator == "swap_halves":
+            value = self.tensor.torch()
+            half = value.shape[0] // 2
+            return torch.cat([value[half:], value[:half]])
+        if self.site.operator == "transpose":
+            return self.tensor.torch().T
+        if len(self.site.parts) == 1:
+            return self.tensor.torch()
+        start, stop = self.site.row_ranges(self.tensor.shape[0])[self.part]
+        return self.tensor.rows(start, stop).torch()
+
+
+class BaseWeights:
+    """Index of a base checkpoint by `component:home tensor name`.
+
+    A pipeline folder names its components; in a single file they are told apart by the family's prefixes. Raises
+    UsageError when nothing of the checkpoint belongs to the architecture.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, architecture: Architecture) -> None:
+        self.checkpoint = checkpoint
+        self.architecture = architecture
+        self.stored: dict[str, Stored] = {}
+        readers = self._readers()
+        for name in checkpoint:
+            for prefix, component, column in readers:
+                if not name.startswith(prefix):
+                    continue
+                site = component.tensor(column, name.removeprefix(prefix))
+                if site is None:
+                    continue
+                for index, part in enumerate(site.parts):
+                    self.stored[f"{component.name}:{part}"] = Stored(
+                        name, checkpoint[name], site, index
+                    )
+                break
+        if not self.stored:
+            first = next(iter(checkpoint), "nothing")
+            raise UsageError(
+                f"{checkpoint.source}: no tensor belongs to {architecture.title}; first is {first!r}. Expected a base "
+                "checkpoint of that family."
+            )
+
+    def _readers(self) -> list[tuple[str, Component, str]]:
+        readers: list[tuple[str, Component, str]] = []
+        components = self.architecture.components
+        if self.checkpoint.kind == "pipeline":
+            for name, component in components.items():
+                readers += [(f"{name}:", component, column) for column in component.columns]
+            return readers
+        for component in components.values():
+            for prefix in component.prefixes.get("checkpoint", ()):
+                readers += [(prefix, component, column) for column in component.columns]
+        readers += [("", denoiser(self.architecture), c) for c in denoiser(self.architecture).columns]
+        return sorted(dict.fromkeys(readers), key=lambda reader: -len(reader[0]))
+
+    def modules(self) -> dict[str, list[str]]:
+        """Component -> its home module paths, for restoring flattened names."""
+        found: dict[str, dict[str, None]] = {}
+        for path in self.stored:
+            component, _, tensor = path.partition(":")
+            found.setdefault(component, {})[tensor.rpartition(".")[0]] = None
+        return {component: list(names) for component, names in found.items()}
+
+    def find(self, path: str, parameter: str = "weight") -> Stored | None:
+        """The stored tensor of one home module (`component:path`), or None."""
+        return self.stored.get(f"{path}.{parameter}")
+
+    def weight(self, path: str, parameter: str = "weight") -> torch.Tensor:
+        """The weight of a home module or group, in the home vocabulary's orientation and stored dtype.
+
+        Raises UsageError naming the nearest modules when the base has none.
+        """
+        component, _, inner = path.partition(":")
+        parts = []
+        for part in group_parts(inner):
+            found = self.find(f"{component}:{part}", parameter)
+            if found is None:
+                close = nearest(f"{component}:{part}.{parameter}", self.stored, n=2)
+                hint = f" (closest: {', '.join(map(repr, close))})" if close else ""
+                raise UsageError(
+                    f"{self.checkpoint.source}: has no {parameter} for {component}:{part}{hint}. Give the base this adapter "
+                    "was trained on."
+                )
+            if not found.tensor.dtype.startswith(("F16", "F32", "F64", "BF16")):
+                raise UnsupportedError(
+                    f"{self.checkpoint.source}: {found.name!r} is stored as {found.tensor.dtype}; an unquantized base "
+                    "(fp16, bf16 or fp32) is needed here."
+                )
+            parts.append(found.load())
+        value = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if "~swap_halves" in path:
+            half = value.shape[0] // 2
+            value = torch.cat([value[half:], value[:half]])
+        return value

@@ -1,0 +1,229 @@
+"""decode: Checkpoint -> Adapter. Every tensor is mapped, carried, or refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from peftsurgery.adapter import Adapter, group_path
+from peftsurgery.algorithms import ALGORITHMS, LoRA, WeightAdapter, split_blocks, swap_halves
+from peftsurgery.checkpoint import Checkpoint
+from peftsurgery.codec.conventions import Conventions
+from peftsurgery.codec.detect import Explanation, Placement, detect, label
+from peftsurgery.codec.keys import Record, parse, rank_and_shape
+from peftsurgery.errors import CannotFuse, CannotSplit, Finding, UnsupportedError, UsageError
+
+def explain_checkpoint(
+    checkpoint: Checkpoint,
+    *,
+    architecture: str | None = None,
+    known: Mapping[str, Iterable[str]] | None = None,
+) -> Explanation:
+    """Detection from headers alone. Raises UsageError or UnsupportedError as `parse` and `detect` do."""
+    source = checkpoint.source
+    parsed = parse(checkpoint, source)
+    if parsed.unknown:
+        first = parsed.unknown[0]
+        if parsed.records:
+            raise UsageError(
+                f"{source}: {len(parsed.unknown)} of {len(checkpoint)} keys have no adapter suffix, first {first!r}. "
+                "Expected suffixes of LoRA, LoHa, LoKr, full, norm or modules_to_save tensors."
+            )
+    return detect(
+        parsed,
+        checkpoint,
+        source=source,
+        architecture=architecture,
+        known=known,
+        metadata=checkpoint.metadata,
+    )
+
+
+def decode(
+    checkpoint: Checkpoint,
+    *,
+    architecture: str | None = None,
+    known: Mapping[str, Iterable[str]] | None = None,
+) -> Adapter:
+    """The canonical adapter of a file.
+
+    architecture: name of the family, when it is not to be detected. known: module names of the base, component ->
+    dotted home names, which lets flattened names of any model be read.
+
+    Factors are views of the file's memory map: nothing is copied until something changes.
+    """
+    explanation = explain_checkpoint(checkpoint, architecture=architecture, known=known)
+    return Decoder(checkpoint, explanation).run()
+
+
+class Decoder:
+    """One decoding: builds the modules of `explanation` from the tensors of `checkpoint`."""
+
+    def __init__(self, checkpoint: Checkpoint, explanation: Explanation) -> None:
+        self.checkpoint = checkpoint
+        self.explanation = explanation
+        self.source = checkpoint.source
+        self.conventions = Conventions(checkpoint, explanation)
+        self.findings = self.conventions.findings
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    def run(self) -> Adapter:
+        """Decode every record; see `decode`."""
+        parsed = self.explanation.parsed
+        modules: dict[str, WeightAdapter] = {}
+        origin: dict[str, str] = {}
+        parameters: dict[str, str] = {}
+        for module, record in parsed.records.items():
+            placement = self.explanation.placements[module]
+            for path, adapter in self._place(placement, self._build(record, placement)).items():
+                full = f"{placement.component}:{path}"
+                if full in modules:
+                    raise UsageError(
+                        f"{self.source}: {origin[full]!r} and {module!r} both name the module {full!r}; "
+                        "expected each once. Remove one of the two sets of keys."
+                    )
+                modules[full], origin[full] = adapter, module
+                if record.parameter != "weight" and placement.site.parts == (path,):
+                    parameters[full] = record.parameter
+        layout, deviations = label(
+            self.explanation, any("alpha" in r.keys for r in parsed.records.values())
+        )
+        if deviations:
+            self.findings.append(
+                Finding("info", "layout-deviates", f"not pure {layout.name}: {'; '.join(deviations)}")
+            )
+        return Adapter(
+            modules,
+            self.explanation.architecture.name,
+            layout.name,
+            {key: self._tensor(key) for key in parsed.carried},
+            dict(self.checkpoint.metadata),
+            dict(self.checkpoint.config or {}),
+            parameters,
+            self.findings,
+        )
+
+    # one record ------------------------------------------------------------------------------------------------
+
+    def _tensor(self, key: str) -> torch.Tensor:
+        if key not in self.tensors:
+            self.tensors[key] = self.checkpoint[key].torch()
+        return self.tensors[key]
+
+    def _build(self, record: Record, placement: Placement) -> WeightAdapter:
+        rank, (out, into) = rank_and_shape(record, self.checkpoint)
+        scale = self.conventions.scale(record, placement, rank)
+        tensors = {name: self._tensor(key) for name, key in record.keys.items()}
+        shared: dict[str, object] = {"scale": scale}
+        self._shared(record, tensors, shared, scale, out, into)
+        algorithm = record.algorithm or "full"
+        kind = ALGORITHMS[algorithm]
+        if "embedding_A" in tensors:
+            tensors["up"] = tensors.pop("embedding_A").T
+            tensors["down"] = tensors.pop("embedding_B").T
+            shared["stored"] = "embedding"
+        own = {name: tensors[name] for name in kind.fields if name in tensors}
+        if self.conventions.transposed(placement) and algorithm == "lora" and "stored" not in shared:
+            own["up"], own["down"] = own["down"].T, own["up"].T
+            shared["stored"] = "conv1d"
+        if shared.get("stored") in ("embedding", "conv1d") and "magnitude" in shared:
+            shared["magnitude_axis"] = "in"
+        left = set(tensors) - set(own) - {
+            "alpha", "magnitude", "magnitude_out", "bias", "bias_scaled", "bias_value", "padded_shape",
+        }  # fmt: skip
+        if left:
+            name = sorted(left)[0]
+            raise UsageError(
+                f"{record.keys[name]!r}: {algorithm} has no tensor {name!r}; expected {', '.join(kind.fields)}."
+            )
+        try:
+            return kind(**own, **shared)
+        except UsageError as error:
+            raise UsageError(f"{self.source}: {record.module!r}: {error}") from error
+
+    def _shared(
+        self,
+        record: Record,
+        tensors: dict[str, torch.Tensor],
+        shared: dict[str, object],
+        scale: float,
+        out: int,
+        into: int,
+    ) -> None:
+        if "magnitude" in tensors:
+            value = tensors["magnitude"]
+            shared["magnitude"] = value.reshape(-1)
+            shared["magnitude_axis"] = _axis(record, value, out, into)
+        elif "magnitude_out" in tensors:
+            shared["magnitude"] = tensors["magnitude_out"].reshape(-1)
+            shared["magnitude_axis"] = "out"
+        if "bias_scaled" in tensors:
+            bias = tensors["bias_scaled"]
+            shared["bias"] = bias if scale == 1.0 else (bias.float() * scale).to(bias.dtype)
+        elif "bias" in tensors:
+            shared["bias"] = tensors["bias"]
+        elif "bias_value" in tensors:
+            shared["bias"], shared["bias_is_value"] = tensors["bias_value"], True
+        if "padded_shape" in tensors:
+            shared["padded_shape"] = tuple(int(n) for n in tensors["padded_shape"].tolist())
+        elif record.module.endswith("img_in") and "bias_scaled" in tensors and into != 64:
+            # BFL control LoRAs widen img_in (64 channels) without saying so: the base is zero-padded
+            shared["padded_shape"] = (out, into)
+
+    # placing -----------------------------------------------------------------------------------------------------
+
+    def _place(self, placement: Placement, adapter: WeightAdapter) -> dict[str, WeightAdapter]:
+        site = placement.site
+        mark = ""
+        if site.operator == "swap_halves":
+            try:
+                adapter = swap_halves(adapter)
+            except (CannotSplit, CannotFuse):
+                mark = "~swap_halves"
+        elif site.operator is not None and site.operator != "transpose":
+            raise UnsupportedError(f"{site.name!r}: the row operator {site.operator!r} is not known.")
+        if len(site.parts) == 1:
+            return {site.parts[0] + mark: adapter}
+        unit, remainder = divmod(adapter.shape[0], sum(site.proportions))
+        if remainder:
+            raise UsageError(
+                f"{self.source}: {site.name!r} has {adapter.shape[0]} output rows, which do not divide as "
+                f"{':'.join(map(str, site.proportions))} into {', '.join(site.parts)}."
+            )
+        try:
+            pieces: list[WeightAdapter] = []
+            start = 0
+            for proportion in site.proportions:
+                pieces.append(adapter.rows(start, start + proportion * unit))
+                start += proportion * unit
+        except CannotSplit:
+            return {group_path(site.parts) + mark: adapter}
+        if all(isinstance(piece, LoRA) for piece in pieces):
+            pieces = list(split_blocks(pieces))  # type: ignore[arg-type]
+        return {
+            part: piece
+            for part, piece in zip(site.parts, pieces, strict=True)
+            if not (_untouched(piece) and len(pieces) > 1 and not _untouched(adapter))
+        }
+
+
+def _untouched(adapter: WeightAdapter) -> bool:
+    return isinstance(adapter, LoRA) and adapter.magnitude is None and adapter.bias is None and (
+        adapter.is_zero()
+    )
+
+
+def _axis(record: Record, value: torch.Tensor, out: int, into: int) -> str:
+    """The DoRA axis of a stored magnitude: `[out, 1, …]`, `[1, in, …]` or flat `[out]`."""
+    shape = tuple(value.shape)
+    if value.numel() == out and (len(shape) < 2 or shape[0] == out):
+        return "out"
+    if len(shape) >= 2 and shape[0] == 1 and shape[1] == value.numel():
+        return "in"
+    raise UsageError(
+        f"{record.keys['magnitude']!r}: the DoRA magnitude has shape {list(shape)}; expected [{out}, 1, …] for a norm "
+        f"per output or [1, {into}, …] for a norm per input."
+    )
+
+

@@ -1,0 +1,375 @@
+"""From a key to (module name, field): the suffix grammar of every dialect, read liberally.
+
+Nothing here knows an architecture: a key is cut at its longest known suffix, and keys with the same head form one
+`Record`. Suffixes of algorithms that are known but not handled are recognised by name, so the error can say what
+the file is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from peftsurgery.errors import UnsupportedError, UsageError
+from peftsurgery.layouts import LAYOUTS, Dialect
+
+ANY = ""  # the field belongs to whatever algorithm the module has
+
+UNSUPPORTED: tuple[tuple[str, str], ...] = (
+    (r"oft_(blocks|diag|blocks\.\d+)|rescale", "OFT/BOFT (LyCORIS, Kohya)"),
+    (r"oft_R\.weight|oft_R\.scaled_oft|oft_r", "OFT (PEFT)"),
+    (r"boft_[Rs]", "BOFT (PEFT)"),
+    (r"hra_u", "HRA"),
+    (r"lora_E", "AdaLoRA"),
+    (r"ia3_l|on_input", "IA3"),
+    (r"(a1|a2|b1|b2|bm)\.weight|glora_[A-E]\..*", "GLoRA"),
+    (r"vera_(lambda_[bd]|[AB])", "VeRA"),
+    (r"pvera_(lambda_[bd]|[AB])", "PVeRA"),
+    (r"fourierft_spectrum", "FourierFT"),
+    (r"waveft_spectrum", "WaveFT"),
+    (r"ln_tuning_layers\.(weight|bias)", "LN tuning"),
+    (r"(miss|bone)_block", "MiSS/Bone"),
+    (r"randlora_\w+", "RandLoRA"),
+    (r"shira_(weight|indices)", "SHiRA"),
+    (r"c3a_kernel", "C3A"),
+    (r"road_(theta|alpha)", "RoAd"),
+    (r"delora_\w+", "DeLoRA"),
+    (r"hira_[AB]", "HiRA"),
+    (r"gralora_\w+(\.weight)?", "GraLoRA"),
+    (r"vblora_\w+", "VB-LoRA"),
+    (r"tinylora_\w+(\.\d+)?", "TinyLoRA"),
+    (r"osf_svd_params\..*", "OSF"),
+    (r"psoft_R\..*", "PSOFT"),
+    (r"peanut_\w+(\.weight)?", "PEANuT"),
+    (r"beft_bias", "BEFT"),
+    (r"deft_[PR]", "DEFT"),
+    (r"lily_\w+(\.weight)?", "LiLy"),
+    (r"unilora_\w+", "UniLoRA"),
+    (r"frod_\w+", "FRoD"),
+    (r"poly_(lora_[AB]|router.*)", "Poly"),
+    (r"shadow_\w+(\..*)?", "Shadow"),
+    (r"supertuning_\w+", "SuperTuning"),
+    (r"(token_adapter\.)?trainable_tokens_delta", "trainable tokens"),
+    (r"prompt_embeddings|prefix_task_(cols|rows)", "prompt, prefix or P-tuning"),
+    (r"adaption_(prompt|gate)", "Llama-Adapter"),
+    (r"internal_xlora_classifier\..*", "X-LoRA"),
+    (r"q_layer\.weight|p_layer\.weight|lambda_layer", "T-LoRA (rank depends on the timestep)"),
+    (r"adapter_(down|up)(\.\d+)?\.(weight|bias)", "bottleneck adapter"),
+    (r"(bias_indices|bias_values|bias_size)", "sparse bias (LyCORIS extraction)"),
+)
+_UNSUPPORTED = [(re.compile(rf"(?:^|\.)(?:{pattern})$"), name) for pattern, name in UNSUPPORTED]
+
+# read besides what the layouts write
+_EXTRA_SUFFIXES: dict[str, tuple[str, str]] = {
+    "lora_A": ("lora", "down"),
+    "lora_B": ("lora", "up"),
+    "lora_embedding_A": ("lora", "embedding_A"),
+    "lora_embedding_B": ("lora", "embedding_B"),
+    "lora_magnitude_vector.weight": (ANY, "magnitude_out"),
+    "base_layer.weight": ("set", "weight"),
+    "base_layer.bias": (ANY, "bias_value"),
+    "bias.set_weight": (ANY, "bias_value"),
+}
+_NAMED = re.compile(
+    r"^(?P<head>.+\.(?:lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|hada_\w+|lokr_\w+"
+    r"|modules_to_save))\.(?P<name>[^.]+)(?P<tail>\.weight|\.bias)?$"
+)
+_CARRIED = re.compile(r"^bundle_emb\.|^lora_controlnet$")
+_TAIL_WORDS = frozenset({"weight", "bias"})
+
+
+def _suffix_table() -> dict[str, tuple[str, str]]:
+    table: dict[str, tuple[str, str]] = {}
+    dialects: list[Dialect] = []
+    for layout in LAYOUTS:
+        dialects += [layout.dialect, *filter(None, [layout.text_encoder_dialect])]
+    for dialect in dialects:
+        for algorithm, fields in dialect.algorithms.items():
+            name = "full" if algorithm == "norm" else algorithm
+            table.update({suffix: (name, f) for f, suffix in fields.items()})
+        if dialect.bias:
+            table[dialect.bias] = (ANY, "bias_scaled" if dialect.bias_is_scaled else "bias")
+        for suffix, field_name in (
+            (dialect.alpha, "alpha"),
+            (dialect.norm_bias, "bias"),
+            (dialect.bias_value, "bias_value"),
+            (dialect.padded_shape, "padded_shape"),
+        ):
+            if suffix:
+                table[suffix] = (ANY, field_name)
+    table["dora_scale"] = (ANY, "magnitude")
+    table["lora_magnitude_vector"] = table["magnitude"] = (ANY, "magnitude_out")
+    return {**table, **_EXTRA_SUFFIXES}
+
+
+SUFFIXES = _suffix_table()
+
+
+class HeaderTensor(Protocol):
+    """What detection needs of a tensor: no data."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> str: ...
+
+
+@dataclass
+class Record:
+    """The keys of one module of a file, before any architecture is known."""
+
+    module: str
+    algorithm: str = ANY
+    keys: dict[str, str] = field(default_factory=dict)  # field -> key
+    parameter: str = "weight"  # what a replaced value replaces: weight or scale
+    suffixes: set[str] = field(default_factory=set)
+
+
+@dataclass
+class Parsed:
+    """All keys of a file: records by module name, tensors carried as they are, and what was repaired or skipped."""
+
+    records: dict[str, Record]
+    carried: list[str]
+    skipped: list[str]  # frozen copies of base weights (original_module)
+    unknown: list[str]  # keys with no known suffix
+    repairs: dict[str, int]
+    adapter_name: str | None = None
+
+
+def split(key: str) -> tuple[str, str, str, str] | None:
+    """`key` -> (module, algorithm, field, suffix), or None when no suffix is known."""
+    segments = key.split(".")
+    for length in (3, 2, 1):
+        if len(segments) > length:
+            suffix = ".".join(segments[-length:])
+            if suffix in SUFFIXES:
+                algorithm, name = SUFFIXES[suffix]
+                return ".".join(segments[:-length]), algorithm, name, suffix
+    if len(segments) > 1 and segments[-1] == "scale":
+        return ".".join(segments[:-1]), "set", "weight", "scale"
+    return None
+
+
+def unsupported_algorithm(key: str) -> str | None:
+    """The name of the algorithm whose suffix `key` has, when it is one this version does not handle."""
+    return next((name for pattern, name in _UNSUPPORTED if pattern.search(key)), None)
+
+
+def parse(keys: Iterable[str], source: str = "") -> Parsed:
+    """Cut every key of a file into records.
+
+    Raises UnsupportedError (exit 3) naming the algorithm when the file holds one that is recognised but not handled,
+    UsageError when it holds several named adapters or one module twice.
+    """
+    parsed = Parsed({}, [], [], [], {})
+    foreign: dict[str, list[str]] = {}
+    names: set[str] = set()
+    for key in keys:
+        if _CARRIED.match(key):
+            parsed.carried.append(key)
+            continue
+        if ".original_module." in key:
+            parsed.skipped.append(key)
+            continue
+        named = _NAMED.match(key)
+        plain = key
+        if named and named["name"] not in _TAIL_WORDS:
+            names.add(named["name"])
+            head = named["head"].removesuffix(".modules_to_save")
+            plain = head + (named["tail"] or "")
+        if (algorithm := unsupported_algorithm(plain)) is not None:
+            foreign.setdefault(algorithm, []).append(key)
+            continue
+        cut = split(plain)
+        if cut is None:
+            parsed.unknown.append(key)
+            continue
+        _add(parsed, key, *cut)
+    if foreign:
+        listed = "; ".join(
+            f"{name}: {len(found)} keys, first {found[0]!r}" for name, found in foreign.items()
+        )
+        raise UnsupportedError(
+            f"{source}: holds an algorithm this version recognises but does not handle ({listed})."
+        )
+    if len(names) > 1:
+        raise UsageError(
+            f"{source}: holds several named adapters ({', '.join(sorted(names))}); expected one. "
+            "Save one adapter per file (PEFT: save_pretrained(selected_adapters=[…]))."
+        )
+    parsed.adapter_name = next(iter(names), None)
+    return parsed
+
+
+def _add(
+    parsed: Parsed, key: str, module: str, algorithm: str, name: str, suffix: str
+) -> None:
+    if module.endswith(".scale") and suffix == "set_weight":
+        module, parameter = module.removesuffix(".scale"), "scale"
+    else:
+        parameter = "scale" if suffix == "scale" else "weight"
+    if name == "bias_value" and suffix == "bias.set_weight":
+        module = module.removesuffix(".bias")
+    record = parsed.records.setdefault(module, Record(module))
+    if name in record.keys:
+        raise UsageError(
+            f"{key!r}: the module {module!r} already has its {name} from {record.keys[name]!r}; expected each once."
+        )
+    if algorithm:
+        if record.algorithm and record.algorithm != algorithm:
+            raise UnsupportedError(
+                f"{key!r}: the module {module!r} carries both {record.algorithm} and {algorithm} tensors; "
+                "one algorithm per module is supported. Split the file into two adapters."
+            )
+        record.algorithm = algorithm
+    if algorithm == "set":
+        record.parameter = parameter
+    record.keys[name] = key
+    record.suffixes.add(suffix)
+
+
+WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+DOUBLED = (
+    ("lora_unet__", "lora_unet_"),
+    ("lora_unet_unet_", "lora_unet_"),
+    ("transformer.diffusion_model.", "diffusion_model."),
+    ("base_model.model.base_model.model.", "base_model.model."),
+    ("base_model.model.unet.", "base_model.model."),
+    ("base_model.model.transformer.transformer_blocks.", "base_model.model.transformer_blocks."),
+    ("base_model.model.transformer.single_", "base_model.model.single_"),
+    ("unet.base_model.model.", "unet."),
+    ("transformer.base_model.model.", "transformer."),
+    ("unet.unet.", "unet."),
+    ("transformer.transformer.", "transformer."),
+)
+
+
+def strip_wrappers(module: str) -> tuple[str, str | None]:
+    """Remove torch.compile, DDP, FSDP and checkpoint wrapper segments; returns (name, what was removed)."""
+    segments = module.split(".")
+    kept = [s for s in segments if s not in WRAPPERS]
+    removed = next((s for s in segments if s in WRAPPERS), None)
+    if removed is None:
+        for wrapper in WRAPPERS:  # flattened names carry the wrapper as a prefix of the body
+            if f"_{wrapper}_" in module and "." not in module and wrapper != "module":
+                return module.replace(f"{wrapper}_", "", 1), f"{wrapper}."
+        return module, None
+    return ".".join(kept), f"{removed}."
+
+
+def strip_doubled(module: str) -> tuple[str, str | None]:
+    """Undo a doubled prefix, or a trailing underscore some converters leave; returns (name, what was wrong)."""
+    for wrong, right in DOUBLED:
+        if module.startswith(wrong):
+            return right + module[len(wrong) :], wrong
+    if "." not in module and module.endswith("_"):
+        return module.rstrip("_"), "trailing underscore"
+    return module, None
+
+
+def repaired(parsed: Parsed, stage: str) -> Parsed:
+    """`parsed` with every module name put through one repair; counts by what was removed in `repairs`."""
+    strip = {"wrappers": strip_wrappers, "doubled": strip_doubled}[stage]
+    records: dict[str, Record] = {}
+    repairs = dict(parsed.repairs)
+    for module, record in parsed.records.items():
+        name, what = strip(module)
+        if what is not None:
+            repairs[what] = repairs.get(what, 0) + len(record.keys)
+        target = records.setdefault(name, Record(name, record.algorithm, {}, record.parameter))
+        if clash := set(target.keys) & set(record.keys):
+            first = next(iter(clash))
+            raise UsageError(
+                f"{record.keys[first]!r}: after removing {what!r} the module {name!r} has its {first} twice "
+                f"(also {target.keys[first]!r}). Remove one of the two."
+            )
+        target.keys.update(record.keys)
+        target.suffixes |= record.suffixes
+        target.algorithm = target.algorithm or record.algorithm
+    return Parsed(
+        records, parsed.carried, parsed.skipped, parsed.unknown, repairs, parsed.adapter_name
+    )
+
+
+def rank_and_shape(
+    record: Record, tensors: Mapping[str, HeaderTensor]
+) -> tuple[int | None, tuple[int, int]]:
+    """(rank, (out, in)) of a record from shapes alone; `in` counts input channels, kernel excluded where it is known.
+
+    LoKr with both factors full has no rank (None). For a 1-D tensor `in` is 1. LoHa without Tucker on a convolution
+    gives in·k, because its factors do not tell the kernel.
+    """
+
+    def shape(name: str) -> tuple[int, ...]:
+        return tuple(tensors[record.keys[name]].shape)
+
+    have = record.keys
+    if record.algorithm == "lora":
+        if "embedding_A" in have or "embedding_B" in have:
+            _need(record, "embedding_A", "embedding_B")
+            a, b = shape("embedding_A"), shape("embedding_B")
+            return a[0], (a[1], b[0])
+        _need(record, "down", "up")
+        down, up = shape("down"), shape("up")
+        if len(down) < 2 or len(up) < 2:
+            raise UsageError(
+                f"{have['down']!r}: has shape {list(down)} and {have['up']!r} {list(up)}; expected matrices. This is "
+                "what an un-gathered sharded (ZeRO/FSDP) save leaves; save again from gathered parameters."
+            )
+        return down[0], (up[0], down[1])
+    if record.algorithm == "loha":
+        _need(record, "w1_a", "w1_b", "w2_a", "w2_b")
+        a, b = shape("w1_a"), shape("w1_b")
+        return b[0], (a[1] if "t1" in have else a[0], _product(b[1:]) if "t1" not in have else b[1])
+    if record.algorithm == "lokr":
+        return _lokr_shape(record, shape)
+    if "diff" in have or "weight" in have:
+        value = shape("diff" if "diff" in have else "weight")
+        return None, (value[0] if value else 1, value[1] if len(value) > 1 else 1)
+    bias = next((have[f] for f in ("bias", "bias_scaled", "bias_value") if f in have), None)
+    if bias is not None:
+        return None, (tensors[bias].shape[0] if tensors[bias].shape else 1, 1)
+    raise UsageError(
+        f"{next(iter(have.values()))!r}: the module {record.module!r} has {sorted(have)} but no tensor to apply; "
+        "the file is incomplete."
+    )
+
+
+def _lokr_shape(record: Record, shape) -> tuple[int | None, tuple[int, int]]:  # noqa: ANN001
+    have = record.keys
+    if "w1" in have:
+        a, c = shape("w1")[:2]
+    else:
+        _need(record, "w1_a", "w1_b")
+        a, c = shape("w1_a")[0], shape("w1_b")[1]
+    rank = None if "w1" in have else shape("w1_b")[0]
+    if "w2" in have:
+        b, d = shape("w2")[:2]
+    elif "t2" in have:
+        _need(record, "w2_a", "w2_b")
+        b, d = shape("w2_a")[1], shape("w2_b")[1]
+        rank = shape("w2_b")[0]
+    else:
+        _need(record, "w2_a", "w2_b")
+        b, d = shape("w2_a")[0], shape("w2_b")[1]
+        rank = shape("w2_b")[0]
+    return rank, (a * b, c * d)
+
+
+def _need(record: Record, *names: str) -> None:
+    missing = [name for name in names if name not in record.keys]
+    if missing:
+        have = ", ".join(repr(key) for key in record.keys.values())
+        raise UsageError(
+            f"{record.module!r}: {record.algorithm} needs {', '.join(missing)} beside {have}; the file is incomplete."
+        )
+
+
+def _product(values: tuple[int, ...]) -> int:
+    result = 1
+    for value in values:
+        result *= value
+    return result

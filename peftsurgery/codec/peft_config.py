@@ -1,0 +1,195 @@
+"""adapter_config.json and diffusers' lora_adapter_metadata: exact rank, alpha and flags of what is written."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+
+from peftsurgery.adapter import Adapter
+from peftsurgery.algorithms import LoKr, LoRA, WeightAdapter
+from peftsurgery.codec.scales import alpha_of, common, patterns
+from peftsurgery.errors import UnsupportedError
+from peftsurgery.linalg import factorization
+
+CARRIED = (
+    "base_model_name_or_path",
+    "revision",
+    "task_type",
+    "auto_mapping",
+    "layer_replication",
+    "modules_to_save",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "target_parameters",
+    "init_lora_weights",
+    "bias",
+    "lora_dropout",
+    "fan_in_fan_out",
+)
+
+
+def build(
+    modules: Mapping[str, WeightAdapter], adapter: Adapter, component: str
+) -> dict[str, object]:
+    """The adapter_config.json that makes PEFT build exactly these modules with these scales.
+
+    modules: dotted path -> adapter. Raises UnsupportedError when no single PEFT config can say it: several algorithms,
+    DoRA on some modules only, LoKr factors that PEFT's factorisation rule would not produce.
+    """
+    trained = {p: m for p, m in modules.items() if m.algorithm in ("lora", "loha", "lokr")}
+    values = {p: m for p, m in modules.items() if m.algorithm == "set"}
+    kinds = {m.algorithm for m in trained.values()}
+    if len(kinds) != 1:
+        raise UnsupportedError(
+            f"a PEFT folder holds one algorithm, and {component!r} has {', '.join(sorted(kinds)) or 'none'}. "
+            "--algorithm lora makes them one."
+        )
+    kind = kinds.pop()
+    source: Mapping[str, object] = adapter.config
+    config: dict[str, object] = {
+        "peft_type": kind.upper(),
+        "inference_mode": True,
+        "task_type": None,
+        "base_model_name_or_path": None,
+        **{name: source[name] for name in CARRIED if name in source},
+    }
+    if not modules_same_names(source, trained):
+        config["target_modules"] = targets(trained)
+    else:
+        config["target_modules"] = source["target_modules"]
+    if values:
+        config["modules_to_save"] = source.get("modules_to_save") or sorted(values)
+    config.update(_ranks(trained, kind, rslora=bool(source.get("use_rslora"))))
+    if kind == "lora":
+        _lora_flags(config, trained)
+    elif any(m.magnitude is not None for m in trained.values()):
+        raise UnsupportedError(f"PEFT has no DoRA on {kind}; --base with --algorithm lora bakes it in")
+    else:
+        _product_flags(config, trained, kind, source)
+    return config
+
+
+def modules_same_names(source: Mapping[str, object], modules: Mapping[str, WeightAdapter]) -> bool:
+    """Whether the config's own target_modules still selects every module written."""
+    wanted = source.get("target_modules")
+    if isinstance(wanted, str):
+        if wanted == "all-linear":
+            return True
+        return all(re.fullmatch(wanted, path) for path in modules)
+    if isinstance(wanted, list) and wanted:
+        return all(any(p == t or p.endswith(f".{t}") for t in wanted) for p in modules)
+    return False
+
+
+def targets(modules: Mapping[str, WeightAdapter]) -> list[str] | str:
+    """target_modules that selects exactly `modules`.
+
+    PEFT selects a list by suffix, so a top-level name would also catch namesakes deeper in the model (`proj_out` in
+    `blocks.0.proj_out`); then a regular expression is written, which PEFT matches whole.
+    """
+    names = sorted(modules)
+    if any("." not in name for name in names):
+        return "|".join(re.escape(name) for name in names)
+    return names
+
+
+def _ranks(modules: Mapping[str, WeightAdapter], kind: str, *, rslora: bool) -> dict[str, object]:
+    ranks = {p: m.rank for p, m in modules.items() if m.rank is not None}
+    full = [p for p in modules if p not in ranks]
+    default = int(common([float(r) for r in ranks.values()])) if ranks else 0
+    for path in full:  # LoKr with two full factors: PEFT keeps them full when r is large
+        ranks[path] = default = max(default, full_rank(modules[path]))
+    alphas = {
+        p: alpha_of(float(m.scale), ranks[p], rslora=rslora and kind == "lora")
+        for p, m in modules.items()
+    }
+    alpha = common(list(alphas.values()))
+    return {
+        "r": default,
+        ("lora_alpha" if kind == "lora" else "alpha"): int(alpha) if alpha == int(alpha) else alpha,
+        "rank_pattern": {k: int(v) for k, v in patterns(ranks, default).items()},
+        "alpha_pattern": patterns(alphas, alpha),
+        **({"use_rslora": rslora} if kind == "lora" else {}),
+    }
+
+
+def full_rank(module: WeightAdapter) -> int:
+    """The smallest r at which PEFT keeps both LoKr factors full: max(b, d) of w2 `[b, d, …]`."""
+    w2 = module.tensors()["w2"]
+    return int(max(w2.shape[:2]))
+
+
+def _lora_flags(config: dict[str, object], modules: Mapping[str, WeightAdapter]) -> None:
+    dora = [m.magnitude is not None for m in modules.values()]
+    if any(dora) and not all(dora):
+        raise UnsupportedError(
+            f"PEFT's use_dora is one switch for all modules, and {sum(dora)} of {len(dora)} carry a magnitude. "
+            "--base with --algorithm lora bakes it in."
+        )
+    config["use_dora"] = any(dora)
+    config["lora_bias"] = any(
+        isinstance(m, LoRA) and m.bias is not None and not m.bias_is_value for m in modules.values()
+    )
+    config["fan_in_fan_out"] = any(m.stored == "conv1d" for m in modules.values())
+    valued = any(m.bias is not None and m.bias_is_value for m in modules.values())
+    config.setdefault("bias", "lora_only" if valued else "none")
+
+
+def _product_flags(
+    config: dict[str, object],
+    modules: Mapping[str, WeightAdapter],
+    kind: str,
+    source: Mapping[str, object],
+) -> None:
+    tucker_field = "t1" if kind == "loha" else "t2"
+    tucker = [m for m in modules.values() if tucker_field in m.tensors()]
+    config["use_effective_conv2d"] = bool(tucker)
+    if kind != "lokr":
+        return
+    lokr = {p: m for p, m in modules.items() if isinstance(m, LoKr)}
+    config["decompose_both"] = any("w1_a" in m.tensors() for m in lokr.values())
+    config["decompose_factor"] = source.get("decompose_factor", _factor(lokr))
+
+
+def _factor(modules: Mapping[str, LoKr]) -> int:
+    """The decompose_factor under which PEFT's rule gives the shapes of every module."""
+    shapes = {path: m.block_shape for path, m in modules.items()}
+    candidates = [-1, *(n for n, _ in Counter(a for (a, _, _, _) in shapes.values()).most_common())]
+    candidates += [c for (_, _, c, _) in shapes.values()]
+    for factor in dict.fromkeys(candidates):
+        if all(
+            factorization(a * b, factor) == (a, b) and factorization(c * d, factor) == (c, d)
+            for a, b, c, d in shapes.values()
+        ):
+            return factor
+    path, (a, b, c, d) = next(iter(shapes.items()))
+    raise UnsupportedError(
+        f"{path!r}: LoKr blocks {a}x{c} and {b}x{d} fit no single decompose_factor, and PEFT has one for all modules. "
+        "--algorithm lora rewrites it as a LoRA."
+    )
+
+
+def diffusers_metadata(
+    written: Mapping[str, Mapping[str, WeightAdapter]],
+) -> dict[str, object] | None:
+    """The `component.field` mapping diffusers packs into lora_adapter_metadata; None when every scale is 1.
+
+    diffusers takes alpha = rank for every module without it (`utils/peft_utils.py`).
+    """
+    packed: dict[str, object] = {}
+    for component, modules in written.items():
+        trained = {p: m for p, m in modules.items() if isinstance(m, LoRA)}
+        if not trained:
+            continue
+        for name, value in _ranks(trained, "lora", rslora=False).items():
+            packed[f"{component}.{name}"] = value
+        packed[f"{component}.target_modules"] = sorted(trained)
+        packed[f"{component}.use_dora"] = any(m.magnitude is not None for m in trained.values())
+        packed[f"{component}.lora_bias"] = any(m.bias is not None for m in trained.values())
+        packed[f"{component}.bias"] = "none"
+        packed[f"{component}.peft_type"] = "LORA"
+    if all(float(m.scale) == 1.0 for found in written.values() for m in found.values()):
+        return None
+    return packed
