@@ -7,12 +7,12 @@ undone keeps the operator's name, `component:norm_out.linear~swap_halves`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from peftsurgery.algorithms import WeightAdapter
+from peftsurgery.architectures import expand
 from peftsurgery.errors import Finding
 
 
@@ -23,7 +23,9 @@ class Adapter:
     modules: dict[str, WeightAdapter]
     architecture: str
     layout: str = ""
-    extras: dict[str, torch.Tensor] = field(default_factory=dict)  # carried as they are: key -> tensor
+    extras: dict[str, torch.Tensor] = field(
+        default_factory=dict
+    )  # carried as they are: key -> tensor
     metadata: dict[str, str] = field(default_factory=dict)
     config: dict[str, object] = field(default_factory=dict)  # adapter_config.json it came with
     parameters: dict[str, str] = field(default_factory=dict)  # path -> name of a replaced parameter
@@ -45,31 +47,11 @@ class Adapter:
         return {p[len(start) :]: m for p, m in self.modules.items() if p.startswith(start)}
 
 
-def group_path(parts: Sequence[str]) -> str:
-    """One path for several: `("a.q", "a.k")` -> `"a.[q,k]"`; a single part is itself.
-
-    The common dotted prefix is taken out of the brackets.
-    """
-    if len(parts) == 1:
-        return parts[0]
-    split = [part.split(".") for part in parts]
-    common = 0
-    while all(len(s) > common + 1 and s[common] == split[0][common] for s in split):
-        common += 1
-    head = ".".join(split[0][:common])
-    inner = "[" + ",".join(".".join(s[common:]) for s in split) + "]"
-    return f"{head}.{inner}" if head else inner
-
-
-def group_parts(path: str) -> tuple[str, ...]:
-    """Inverse of `group_path`; an operator mark (`~swap_halves`) is dropped."""
-    path = path.partition("~")[0]
-    head, bracket, rest = path.partition("[")
-    if not bracket:
-        return (path,)
-    return tuple(head + part for part in rest.removesuffix("]").split(","))
-
-
 def is_group(path: str) -> bool:
     """Whether a path names several modules at once, or keeps an operator."""
     return "[" in path or "~" in path
+
+
+def members(path: str) -> tuple[str, ...]:
+    """The home modules a path stands for: `("a.q", "a.k")` of `"a.[q,k]"`; an operator mark is dropped."""
+    return expand(path.partition("~")[0])

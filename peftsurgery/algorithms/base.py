@@ -70,12 +70,15 @@ class WeightAdapter(AdapterTensors):
         target = self._shape if weight is None else (self.padded_shape or tuple(weight.shape))
         return self._dense(target)
 
-    def _dense(self, target: tuple[int, ...]) -> Tensor:
+    def _require_fit(self, target: tuple[int, ...]) -> None:
         if not fit_shape(self._shape, target):
             raise UsageError(
                 f"{type(self).__name__}: a change of shape {self._shape} does not fit a weight "
                 f"{target}."
             )
+
+    def _dense(self, target: tuple[int, ...]) -> Tensor:
+        self._require_fit(target)
         return self._tile(0, self._shape[0], torch.float32).reshape(target)
 
     def tile(self, start: int, stop: int) -> Tensor:
@@ -130,9 +133,10 @@ class WeightAdapter(AdapterTensors):
         if strength == 0:
             result = base.clone()
         elif self.additive:
-            if not fit_shape(self._shape, tuple(base.shape)):
-                self._dense(tuple(base.shape))  # raises
-            flat = base.reshape(self.matrix_shape).clone(memory_format=torch.contiguous_format)
+            self._require_fit(tuple(base.shape))
+            flat = base.reshape(base.shape[0], -1)
+            if flat.data_ptr() == weight.data_ptr():  # float() and reshape() did not copy
+                flat = flat.clone()
             result = self.accumulate(flat, 0, self._shape[0], strength).reshape(base.shape)
         else:
             full = self._replacement(base)
@@ -158,11 +162,11 @@ class WeightAdapter(AdapterTensors):
         if bias is not None:
             base = bias.float()
             if self.padded_shape is not None:
-                base = pad_to(base, self.padded_shape[:1])
+                base = pad_to(base, (self.padded_shape[self._bias_axis],))
         elif self.bias is None or strength == 0:
             return None
         else:
-            base = torch.zeros(self._shape[0], device=self.bias.device)
+            base = torch.zeros(self.bias.numel(), device=self.bias.device)
         if self.bias is None or strength == 0:
             return base.clone()
         if base.shape != self.bias.shape:
@@ -195,6 +199,8 @@ class WeightAdapter(AdapterTensors):
                 "per-input DoRA: its column norms couple all output rows. Merge it into the "
                 "base, or convert with --base and --algorithm lora."
             )
+        if self.bias is not None and self._bias_axis:
+            raise CannotSplit("a Conv1D's bias belongs to its columns, not to a range of its rows.")
         common = self.common()
         if self.magnitude is not None:
             common["magnitude"] = self.magnitude[start:stop]

@@ -40,19 +40,28 @@ class Full(WeightAdapter):
             raise UsageError("Full: neither a weight nor a bias difference.")
         return (self.bias.numel(),)
 
+    @property
+    def _has_product(self) -> bool:
+        return self.diff is not None
+
     def _tile(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         if self.diff is None:
             return torch.zeros(stop - start, 1, dtype=dtype, device=self.scale.device)
         rows = self.diff[start:stop].to(dtype).reshape(stop - start, -1)
         return rows * float(self.scale)
 
-    def _dense(self, target: tuple[int, ...]) -> Tensor:
+    def _require_fit(self, target: tuple[int, ...]) -> None:
         if self.diff is not None:
-            return super()._dense(target)
-        if target[0] != self.shape[0]:
+            super()._require_fit(target)
+        elif self.shape[0] not in target[:2]:
             raise UsageError(
                 f"Full: a bias change of {self.shape[0]} values does not fit a weight {target}."
             )
+
+    def _dense(self, target: tuple[int, ...]) -> Tensor:
+        if self.diff is not None:
+            return super()._dense(target)
+        self._require_fit(target)
         return torch.zeros(target, device=self.scale.device)
 
     def accumulate(self, out: Tensor, start: int, stop: int, strength: float = 1.0) -> Tensor:

@@ -174,7 +174,7 @@ class LoKr(WeightAdapter):
         (u1, v1), (u2, v2) = pairs
         if u1.shape[1] * u2.shape[1] >= min(self.matrix_shape):
             return None
-        return torch.kron(u1 * float(self.scale), u2), torch.kron(v1, v2)
+        return _kron(u1 * float(self.scale), u2), _kron(v1, v2)
 
     def svd(self, rule: RankRule | None = None) -> Triplet:
         """From the SVDs of the two factors: the singular values are all their products times
@@ -276,6 +276,12 @@ class LoKr(WeightAdapter):
         if not low:
             tensors["w1_b"] = None
         return live[0].with_tensors(**tensors, **common)
+
+
+def _kron(x: Tensor, y: Tensor) -> Tensor:
+    """x ⊗ y for matrices of any strides (torch.kron wants contiguous ones)."""
+    blocks = x[:, None, :, None] * y[None, :, None, :]
+    return blocks.reshape(x.shape[0] * y.shape[0], x.shape[1] * y.shape[1])
 
 
 def _trivial(matrix: Tensor, pair: Pair | None) -> Pair:

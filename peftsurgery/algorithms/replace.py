@@ -52,6 +52,10 @@ class Replace(WeightAdapter):
     def additive(self) -> bool:
         return False
 
+    @property
+    def _has_product(self) -> bool:
+        return self.weight is not None
+
     def _tile(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Rows of the value itself."""
         if self.weight is None:

@@ -190,8 +190,9 @@ def check_parts(cls: type[WeightAdapter], parts: Sequence[WeightAdapter | int]) 
                 f"a {type(part).__name__} cannot be joined as {cls.__name__}. Convert with "
                 "--algorithm lora."
             )
-        first = first or part
-        if not fit_shape((1, *part.shape[1:]), (1, *first.shape[1:])):
+        if first is None or not first._has_product:
+            first = part
+        if part._has_product and not fit_shape((1, *part.shape[1:]), (1, *first.shape[1:])):
             raise CannotFuse(f"different input sides: {first.shape[1:]} and {part.shape[1:]}.")
     if first is None:
         raise CannotFuse("no part is an adapter: there is nothing to join.")
@@ -221,6 +222,8 @@ def fuse_common(slots: Sequence[Part]) -> dict:
 
     biased = [a for a in live if a.bias is not None]
     if biased:
+        if any(a._bias_axis for a in biased):
+            raise CannotFuse("a Conv1D's bias belongs to its columns: its rows are not joined.")
         if len({a.bias_is_value for a in biased}) > 1:
             raise CannotFuse("one part holds a bias delta and another a bias value.")
         common["bias_is_value"] = biased[0].bias_is_value

@@ -97,6 +97,11 @@ class AdapterTensors(nn.Module):
         if not good:
             raise self._mismatch(field, expected)
 
+    @property
+    def _bias_axis(self) -> int:
+        """A transformers Conv1D stores its weight (in, out): its bias runs along dimension 1."""
+        return 1 if self.stored == "conv1d" and len(self._shape) == 2 else 0
+
     def _check_common(self) -> None:
         o = self._shape[0]
         magnitude, bias = self._parameters["magnitude"], self._parameters["bias"]
@@ -114,7 +119,8 @@ class AdapterTensors(nn.Module):
         elif self.magnitude_axis is not None:
             raise UsageError(f"{self._at('magnitude_axis')}: given without a magnitude.")
         if bias is not None:
-            self._expect("bias", tuple(bias.shape) == (o,), f"({o},)")
+            n = self._shape[self._bias_axis]
+            self._expect("bias", tuple(bias.shape) == (n,), f"({n},)")
         if self.padded_shape is not None and not fit_shape(self._shape, self.padded_shape):
             raise UsageError(
                 f"{self._at('padded_shape')}: got {self.padded_shape}, but the change has shape "
@@ -124,6 +130,11 @@ class AdapterTensors(nn.Module):
     def _measure(self) -> tuple[int, ...]:
         """Check the fields' shapes and return the shape of ΔW."""
         raise NotImplementedError
+
+    @property
+    def _has_product(self) -> bool:
+        """Whether the weight changes at all, and with it whether the columns are known."""
+        return True
 
     # --- description ------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ class Pin(NamedTuple):
     template: str
     out: int | None
     in_: int | None
+    widens: bool = False  # an adapter may ask for more inputs: the weight is zero-padded to them
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,16 @@ class Architecture:
     def misfit(
         self, component: str, home_path: str, out: int | None = None, in_: int | None = None
     ) -> str | None:
-        """Why a home module of that shape cannot be of this family; None when nothing speaks against.
+        """Why a home module of that shape cannot be of this family; None when it may be.
 
         `out` and `in_` are the first two dimensions of the weight, None where they are not known.
         """
         pin = self.pin(component, home_path)
         if pin is not None:
             for what, found, wanted in ("out", out, pin.out), ("in", in_, pin.in_):
-                if found is not None and wanted is not None and found != wanted:
+                if found is None or wanted is None or found == wanted:
+                    continue
+                if not (what == "in" and pin.widens and found > wanted):
                     return f"{home_path}: {what} {found}, but {wanted} in {self.title}"
         path = home_path.split(".")
         for template, count in self.blocks.get(component, {}).items():

@@ -4,7 +4,7 @@
     include = ["parts/….toml"]         files whose [parts.…] may be used here
     embeddings = ["…"]                 last path segments of modules that are embeddings
     conv1d = ["…"]                     last path segments of modules with weights stored [in, out]
-    pins = [{ component = "…", modules = "TEMPLATE", out = 1280, in = 768 }]
+    pins = [{ component = "…", modules = "TEMPLATE", out = 1280, in = 768, widens = false }]
 
     [blocks]
     NAME = { "TEMPLATE" = 19 }         lengths of the block lists of a component
@@ -171,7 +171,8 @@ def _pins(data: Mapping[str, object]) -> Iterator[Pin]:
     pins = data.get("pins", [])
     for pin in pins if isinstance(pins, list) else []:
         for template in expand(pin["modules"]):
-            yield Pin(pin["component"], template, pin.get("out"), pin.get("in"))
+            widens = bool(pin.get("widens", False))
+            yield Pin(pin["component"], template, pin.get("out"), pin.get("in"), widens)
 
 
 def _toml(path: Path) -> Mapping[str, object]:

@@ -5,7 +5,7 @@ saving.
 from peftsurgery.checkpoint.container import Checkpoint, sha256_of
 from peftsurgery.checkpoint.header import Header, Limits, TensorInfo, parse_header, read_header
 from peftsurgery.checkpoint.opening import open_checkpoint
-from peftsurgery.checkpoint.saving import save
+from peftsurgery.checkpoint.saving import save, serialized_header
 from peftsurgery.checkpoint.tensors import LazyTensor
 from peftsurgery.checkpoint.writing import Deferred
 
@@ -20,5 +20,6 @@ __all__ = [
     "parse_header",
     "read_header",
     "save",
+    "serialized_header",
     "sha256_of",
 ]

@@ -163,6 +163,8 @@ def _check_member(file: BinaryIO, info: zipfile.ZipInfo, path: Path) -> int:
         _refuse(path, f"the zip member {name} is encrypted")
     if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
         _refuse(path, f"the zip member {name} is compressed; torch stores members as they are")
+    if info.header_offset < 0:
+        _refuse(path, f"the zip member {name} lies outside the file")
     file.seek(info.header_offset)
     raw = file.read(_LOCAL_HEADER.size)
     if len(raw) < _LOCAL_HEADER.size:

@@ -103,6 +103,16 @@ def save(
     return written
 
 
+def serialized_header(
+    tensors: Mapping[str, LazyTensor | torch.Tensor | np.ndarray | Deferred],
+    metadata: Mapping[str, str] | None = None,
+) -> tuple[bytes, tuple[str, ...]]:
+    """The header `save` would write for one file, and the names in the order their bytes follow."""
+    entries = [_entry(name, value) for name, value in tensors.items()]
+    entries.sort(key=lambda entry: -BITS[entry.dtype])
+    return _header(entries, _checked_metadata(metadata)), tuple(entry.name for entry in entries)
+
+
 def size_in_bytes(size: int | str) -> int:
     """5000000000, "5GB" (powers of 1000) or "5GiB" (powers of 1024) as bytes. Raises UsageError."""
     if isinstance(size, str):

@@ -59,6 +59,8 @@ def dtype_and_shape(value: object, name: str) -> tuple[str, tuple[int, ...]]:
         raise UnsupportedError(f"{name!r}: the safetensors format has no numpy {value.dtype}")
     torch_name = str(getattr(value, "dtype", "")).removeprefix("torch.")
     layout = str(getattr(value, "layout", "torch.strided"))
+    if getattr(value, "is_meta", False):
+        layout = "on the meta device"
     if torch_name in FROM_TORCH_NAMES and layout == "torch.strided":
         dtype = FROM_TORCH_NAMES[torch_name]
         shape = tuple(int(dim) for dim in value.shape)  # pyright: ignore[reportAttributeAccessIssue]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from peftsurgery.adapter import group_parts
+from peftsurgery.adapter import members
 from peftsurgery.architectures import Architecture, Component, TensorSite
 from peftsurgery.checkpoint import Checkpoint, LazyTensor
 from peftsurgery.codec.detect import denoiser
@@ -77,7 +77,9 @@ class BaseWeights:
         for component in components.values():
             for prefix in component.prefixes.get("checkpoint", ()):
                 readers += [(prefix, component, column) for column in component.columns]
-        readers += [("", denoiser(self.architecture), c) for c in denoiser(self.architecture).columns]
+        readers += [
+            ("", denoiser(self.architecture), c) for c in denoiser(self.architecture).columns
+        ]
         return sorted(dict.fromkeys(readers), key=lambda reader: -len(reader[0]))
 
     def modules(self) -> dict[str, list[str]]:
@@ -99,7 +101,7 @@ class BaseWeights:
         """
         component, _, inner = path.partition(":")
         parts = []
-        for part in group_parts(inner):
+        for part in members(inner):
             found = self.find(f"{component}:{part}", parameter)
             if found is None:
                 close = nearest(f"{component}:{part}.{parameter}", self.stored, n=2)

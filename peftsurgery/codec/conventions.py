@@ -63,7 +63,10 @@ class Conventions:
             if record.algorithm in ("full", "set", "") or (full_lokr and config is None):
                 if full_lokr and alpha > PLACEHOLDER:
                     self.once(
-                        "info", "alpha-placeholder", f"alpha {alpha:g} on full LoKr factors is ignored", key
+                        "info",
+                        "alpha-placeholder",
+                        f"alpha {alpha:g} on full LoKr factors is ignored",
+                        key,
                     )
                 return 1.0
             self.findings += check_alpha(alpha, key)
@@ -161,7 +164,9 @@ class Conventions:
                 parsed.skipped[0],
             )
         if parsed.adapter_name:
-            self.once("info", "named-adapter", f"keys carry the adapter name {parsed.adapter_name!r}")
+            self.once(
+                "info", "named-adapter", f"keys carry the adapter name {parsed.adapter_name!r}"
+            )
         if contradicted := self.explanation.contradicted:
             self.once(
                 "warning",

@@ -10,10 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 
 from peftsurgery import architectures
-from peftsurgery.architectures import Architecture, Component, Pin, Site, Trie
+from peftsurgery.architectures import Architecture, Component, Site
 from peftsurgery.codec.keys import HeaderTensor, Parsed, Record, rank_and_shape, repaired
 from peftsurgery.errors import UsageError, nearest
 from peftsurgery.layouts import LAYOUTS, Layout
@@ -175,9 +174,7 @@ class Resolver:
         return None
 
 
-def _parameter_site(
-    component: Component, column: str, module: str, parameter: str
-) -> Site | None:
+def _parameter_site(component: Component, column: str, module: str, parameter: str) -> Site | None:
     """A row that names a single parameter (a norm's scale), seen as a module."""
     found = component.tensor(column, f"{module}.{parameter}")
     if found is None:
@@ -215,31 +212,16 @@ def explain(
             explanation.unexplained.append(module)
             continue
         explanation.placements[module] = placement
-        pin = _pin(architecture.name, placement.component, placement.site.parts[0])
-        if pin is not None and record.algorithm not in ("", "set"):
-            _, (out, into) = rank_and_shape(record, tensors)
-            shares = placement.site.proportions
-            out = out * shares[0] // sum(shares)
-            if pin.out not in (None, out) or pin.in_ not in (None, into):
-                explanation.contradicted.append(module)
-            else:
-                explanation.pinned += 1
+        if record.algorithm in ("", "set"):
+            continue
+        _, (out, into) = rank_and_shape(record, tensors)
+        shares, path = placement.site.proportions, placement.site.parts[0]
+        out = out * shares[0] // sum(shares)
+        if architecture.misfit(placement.component, path, out, into) is not None:
+            explanation.contradicted.append(module)
+        elif architecture.pin(placement.component, path) is not None:
+            explanation.pinned += 1
     return explanation
-
-
-@cache
-def _pins(architecture: str) -> dict[str, Trie[Pin]]:
-    tries: dict[str, Trie[Pin]] = {}
-    for pin in architectures.get(architecture).pins:
-        tries.setdefault(pin.component, Trie(".")).add(pin.template, pin)
-    return tries
-
-
-def _pin(architecture: str, component: str, path: str) -> Pin | None:
-    """The pinned shape of a home module, or None."""
-    trie = _pins(architecture).get(component)
-    found = trie.find(path) if trie else ()
-    return found[0][0] if found else None
 
 
 def detect(
@@ -279,14 +261,15 @@ def detect(
     raise UsageError(_cannot_explain(source, attempts))
 
 
-def _decide(
-    complete: list[Explanation], source: str, metadata: Mapping[str, str]
-) -> Explanation:
+def _decide(complete: list[Explanation], source: str, metadata: Mapping[str, str]) -> Explanation:
     specific = [e for e in complete if e.architecture.name in SPECIFIC]
-    if not specific:
-        return complete[0]
-    best = max(e.fit for e in specific)
-    tied = [e for e in specific if e.fit == best]
+    clean = [e for e in specific if not e.contradicted]
+    if not clean:
+        others = [e for e in complete if e not in specific]
+        if others:
+            return others[0]
+    best = max(e.fit for e in clean or specific)
+    tied = [e for e in clean or specific if e.fit == best]
     if len(tied) > 1:
         stated = [e for e in tied if states(metadata, e.architecture.name)]
         if len(stated) == 1:
@@ -382,7 +365,7 @@ def label(explanation: Explanation, alphas: bool) -> tuple[Layout, list[str]]:
     return layout, deviations
 
 
-def written(dialect) -> set[str]:  # noqa: ANN001
+def written(dialect) -> set[str]:
     """Every suffix a dialect can write."""
     own = {s for fields in dialect.algorithms.values() for s in fields.values()}
     shared = (

@@ -14,23 +14,13 @@ import torch
 
 from peftsurgery import architectures
 from peftsurgery.adapter import Adapter
-from peftsurgery.checkpoint import Checkpoint, open_checkpoint, save
+from peftsurgery.checkpoint import open_checkpoint, save, serialized_header
 from peftsurgery.codec.bases import BaseWeights
-from peftsurgery.codec.decode import decode
-from peftsurgery.codec.encode import Encoded, encode
+from peftsurgery.codec.decoding import decode
+from peftsurgery.codec.encoding import Encoded, encode
+from peftsurgery.codec.explaining import CONFIG, WEIGHTS, open_adapter
 from peftsurgery.errors import UsageError
 from peftsurgery.layouts import layout_named
-
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
-
-
-def open_adapter(source: str | Path, *, allow_pickle: bool = False) -> Checkpoint:
-    """Open an adapter. A lone `adapter_model.safetensors` is opened with the adapter_config.json beside it."""
-    path = Path(source)
-    if path.name == WEIGHTS and (path.parent / CONFIG).is_file():
-        return open_checkpoint(path.parent, allow_pickle=allow_pickle)
-    return open_checkpoint(source, allow_pickle=allow_pickle)
 
 
 def load_adapter(
@@ -49,7 +39,9 @@ def load_adapter(
     if base is not None:
         family = architectures.get(architecture or "llm")
         known = BaseWeights(open_checkpoint(base), family).modules()
-    return decode(open_adapter(source, allow_pickle=allow_pickle), architecture=architecture, known=known)
+    return decode(
+        open_adapter(source, allow_pickle=allow_pickle), architecture=architecture, known=known
+    )
 
 
 def save_adapter(
@@ -64,7 +56,9 @@ def save_adapter(
 
     Raises UnsupportedError naming the first module the layout cannot hold. Nothing is written then.
     """
-    return write_encoded(encode(adapter, layout, fold_alpha=fold_alpha), Path(path), layout, overwrite)
+    return write_encoded(
+        encode(adapter, layout, fold_alpha=fold_alpha), Path(path), layout, overwrite
+    )
 
 
 def write_encoded(
@@ -75,9 +69,13 @@ def write_encoded(
     if row.alpha != "config":
         if path.is_dir():
             raise UsageError(f"{path}: is a folder; {row.title} is one file. Give a file name.")
-        return save(path, ordered(encoded.tensors.get("", {})), encoded.metadata, overwrite=overwrite)
+        return save(
+            path, ordered(encoded.tensors.get("", {})), encoded.metadata, overwrite=overwrite
+        )
     if path.suffix in (".safetensors", ".sft"):
-        raise UsageError(f"{path}: {row.title} is a folder; give a folder name without {path.suffix}.")
+        raise UsageError(
+            f"{path}: {row.title} is a folder; give a folder name without {path.suffix}."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:200]}."))
     try:
@@ -85,7 +83,9 @@ def write_encoded(
             folder = temporary / part
             folder.mkdir(exist_ok=True)
             save(folder / WEIGHTS, ordered(tensors), encoded.metadata)
-            _write_text(folder / CONFIG, json.dumps(encoded.configs[part], indent=2, sort_keys=True))
+            _write_text(
+                folder / CONFIG, json.dumps(encoded.configs[part], indent=2, sort_keys=True)
+            )
         return publish(temporary, path, overwrite=overwrite)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -125,14 +125,14 @@ def ordered(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: tensors[key] for key in sorted(tensors)}
 
 
-def kohya_hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+def kohya_hashes(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> dict[str, str]:
     """`sshs_model_hash` and `sshs_legacy_hash` of a Kohya file (sd-scripts `library/train_util.py`).
 
     Both are of a serialisation that carries the `ss_*` metadata only: SHA-256 of everything behind its header, and the
     first 8 hex digits of the SHA-256 of 64 KiB at offset 1 MiB.
     """
-    from peftsurgery.checkpoint.writing import serialized_header
-
     kept = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     header, order = serialized_header(ordered(tensors), kept)
     digest = hashlib.sha256()

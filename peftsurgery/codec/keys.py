@@ -204,9 +204,7 @@ def parse(keys: Iterable[str], source: str = "") -> Parsed:
     return parsed
 
 
-def _add(
-    parsed: Parsed, key: str, module: str, algorithm: str, name: str, suffix: str
-) -> None:
+def _add(parsed: Parsed, key: str, module: str, algorithm: str, name: str, suffix: str) -> None:
     if module.endswith(".scale") and suffix == "set_weight":
         module, parameter = module.removesuffix(".scale"), "scale"
     else:
@@ -338,7 +336,7 @@ def rank_and_shape(
     )
 
 
-def _lokr_shape(record: Record, shape) -> tuple[int | None, tuple[int, int]]:  # noqa: ANN001
+def _lokr_shape(record: Record, shape) -> tuple[int | None, tuple[int, int]]:
     have = record.keys
     if "w1" in have:
         a, c = shape("w1")[:2]

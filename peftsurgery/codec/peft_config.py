@@ -65,7 +65,9 @@ def build(
     if kind == "lora":
         _lora_flags(config, trained)
     elif any(m.magnitude is not None for m in trained.values()):
-        raise UnsupportedError(f"PEFT has no DoRA on {kind}; --base with --algorithm lora bakes it in")
+        raise UnsupportedError(
+            f"PEFT has no DoRA on {kind}; --base with --algorithm lora bakes it in"
+        )
     else:
         _product_flags(config, trained, kind, source)
     return config

@@ -49,19 +49,28 @@ def alpha_of(scale: float, rank: int, *, rslora: bool = False) -> float:
 def check_alpha(alpha: float, key: str) -> list[Finding]:
     """Findings on a stored alpha that is zero, negative, not finite or a placeholder."""
     if not math.isfinite(alpha):
-        raise UsageError(f"{key!r}: alpha is {alpha}; expected a finite number. The file is damaged.")
+        raise UsageError(
+            f"{key!r}: alpha is {alpha}; expected a finite number. The file is damaged."
+        )
     if alpha == 0:
         return [
             Finding(
-                "warning", "alpha-zero", "alpha is 0, taken literally: this module does nothing", key,
+                "warning",
+                "alpha-zero",
+                "alpha is 0, taken literally: this module does nothing",
+                key,
                 "programs that read 0 as 'alpha = rank' will apply it at full strength",
             )
         ]
     if alpha < 0:
-        return [Finding("warning", "alpha-negative", f"alpha is {alpha:g}, a negative strength", key)]
+        return [
+            Finding("warning", "alpha-negative", f"alpha is {alpha:g}, a negative strength", key)
+        ]
     if alpha > PLACEHOLDER:
         return [
-            Finding("warning", "alpha-huge", f"alpha is {alpha:g}, which looks like a placeholder", key)
+            Finding(
+                "warning", "alpha-huge", f"alpha is {alpha:g}, which looks like a placeholder", key
+            )
         ]
     return []
 
@@ -120,7 +129,9 @@ def diffusers_configs(metadata: Mapping[str, str], source: str) -> dict[str, dic
     try:
         packed = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UsageError(f"{source}: the metadata lora_adapter_metadata is not JSON: {error}") from error
+        raise UsageError(
+            f"{source}: the metadata lora_adapter_metadata is not JSON: {error}"
+        ) from error
     configs: dict[str, dict[str, object]] = {}
     for key, value in packed.items():
         component, _, name = key.partition(".")
@@ -140,12 +151,7 @@ def patterns(values: Mapping[str, float], default: float) -> dict[str, float]:
 
     PEFT matches `(.*\\.)?(pattern)$`, so a name that is also the tail of another module's name is anchored with `^`.
     """
-    tails = {
-        path[index + 1 :]
-        for path in values
-        for index, char in enumerate(path)
-        if char == "."
-    }
+    tails = {path[index + 1 :] for path in values for index, char in enumerate(path) if char == "."}
     return {
         ("^" + path if "." not in path or path in tails else path): value
         for path, value in values.items()

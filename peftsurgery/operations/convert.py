@@ -24,7 +24,7 @@ from peftsurgery.adapter import Adapter
 from peftsurgery.algorithms import Full, LoRA, WeightAdapter, difference
 from peftsurgery.checkpoint import Checkpoint, open_checkpoint
 from peftsurgery.codec import BaseWeights, Encoded, decode, encode, open_adapter, write_encoded
-from peftsurgery.codec.decode import explain_checkpoint
+from peftsurgery.codec.explaining import explain_checkpoint
 from peftsurgery.codec.files import kohya_hashes, publish
 from peftsurgery.errors import CannotFit, CheckFailed, Finding, UnsupportedError, UsageError
 from peftsurgery.layouts import LAYOUT_NAMES, layout_named
@@ -37,7 +37,9 @@ DTYPES = {
     "fp8_e4m3": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
-BACKWARD_SAFE = 4.0  # a product of two rounded factors and a folded scale moves by a few units of roundoff
+BACKWARD_SAFE = (
+    4.0  # a product of two rounded factors and a folded scale moves by a few units of roundoff
+)
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,9 @@ def convert(
     losses: dict[str, float] = {}
     if algorithm is not None:
         if dry_run:
-            raise UsageError("--dry-run reads headers only, and --algorithm needs the values; leave one of them out.")
+            raise UsageError(
+                "--dry-run reads headers only, and --algorithm needs the values; leave one of them out."
+            )
         losses = _refit(adapter, algorithm, rank, weights, progress)
     encoded = encode(adapter, to, fold_alpha=alpha == "fold")
     if dtype != "keep":
@@ -132,7 +136,9 @@ def _check_options(
             choices = ", ".join(str(k) for k in known if k)
             raise UsageError(f"{name} {value!r} is not known. Expected one of: {choices}.")
     if rank is not None and algorithm != "lora":
-        raise UsageError("--rank goes with --algorithm lora; alone it changes nothing (see resize-rank).")
+        raise UsageError(
+            "--rank goes with --algorithm lora; alone it changes nothing (see resize-rank)."
+        )
 
 
 def _check_target(source: Checkpoint, dst: Path, overwrite: bool) -> None:
@@ -172,7 +178,7 @@ class _Headers(Checkpoint):
             components=checkpoint.components,
         )
 
-    def __getitem__(self, name: str):  # noqa: ANN204
+    def __getitem__(self, name: str):
         tensor = super().__getitem__(name)
         return tensor if tensor.nbytes <= 64 else _Outline(tensor)
 
@@ -180,7 +186,7 @@ class _Headers(Checkpoint):
 class _Outline:
     """Shape and dtype of a stored tensor, as a tensor on the meta device."""
 
-    def __init__(self, tensor) -> None:  # noqa: ANN001
+    def __init__(self, tensor) -> None:
         self.tensor = tensor
         self.shape, self.dtype = tensor.shape, tensor.dtype
 
@@ -272,7 +278,9 @@ def _refit(
         exact = module if module.additive else _full(module, weight)
         losses[path] = difference(exact, fitted)
         adapter.modules[path] = fitted
-    adapter.config = {k: v for k, v in adapter.config.items() if k not in ("use_dora", "use_rslora")}
+    adapter.config = {
+        k: v for k, v in adapter.config.items() if k not in ("use_dora", "use_rslora")
+    }
     return losses
 
 
@@ -324,7 +332,9 @@ def _summarise(
 ) -> None:
     count = sum(len(tensors) for tensors in encoded.tensors.values())
     nbytes = sum(
-        t.numel() * t.element_size() for tensors in encoded.tensors.values() for t in tensors.values()
+        t.numel() * t.element_size()
+        for tensors in encoded.tensors.values()
+        for t in tensors.values()
     )
     report.keys["written"] = count
     report.summary.update(
@@ -468,7 +478,9 @@ def _prove(
             row["loss"] = losses.get(path, 0.0)
         report.modules.append(row)
     extra = [p for p, m in again.modules.items() if not m.is_zero()]
-    missing = [key for key in adapter.extras if key not in again.extras and key != "lora_controlnet"]
+    missing = [
+        key for key in adapter.extras if key not in again.extras and key != "lora_controlnet"
+    ]
     if over or extra or missing:
         raise CheckFailed(_failure(over, extra, missing, worst, worst_path))
     report.summary["check"] = f"reopened, decoded and compared: {len(modules)} modules agree"
@@ -500,7 +512,9 @@ def _failure(
             f"ΔW of {len(over)} modules moved by more than the dtype's rounding, worst {worst_path!r} by {worst:.3g}"
         )
     if extra:
-        reasons.append(f"{len(extra)} modules appeared that the source does not have, first {extra[0]!r}")
+        reasons.append(
+            f"{len(extra)} modules appeared that the source does not have, first {extra[0]!r}"
+        )
     if missing:
         reasons.append(f"{len(missing)} carried tensors are missing, first {missing[0]!r}")
     return (

@@ -1,18 +1,14 @@
-"""Against model classes and converters of transformers and diffusers."""
+"""The flattened names of language models, against the model classes of transformers."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from diffusers.loaders import lora_conversion_utils
-from diffusers.utils import state_dict_utils
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers import AutoModelForSeq2SeqLM as Seq2Seq
 
 from peftsurgery import architectures
 from peftsurgery.architectures import flatten
-
-from .listings import shapes
 
 CAUSAL = (
     "llama",
@@ -77,43 +73,3 @@ def test_flattened_names_of_language_models(name: str, kind: type) -> None:
         site = table.site("hf", path)
         assert site == flat
         assert table.site_of("hf", path) == flat
-
-
-@pytest.mark.parametrize(("architecture", "listing"), [("sd1", "sd15"), ("sdxl", "sdxl")])
-def test_controlnet_names_agree_with_diffusers(architecture: str, listing: str) -> None:
-    table = architectures.get(architecture).components["controlnet"]
-    home = list(shapes(f"base__diffusers_{listing}_controlnet"))
-    marks: dict[str, torch.Tensor] = {}
-    for i, name in enumerate(home):
-        site = table.tensor_of("ldm", name)
-        assert site is not None
-        assert table.tensor("ldm", site.name) == site
-        marks[site.name] = torch.tensor(i)
-    assert len(marks) == len(home)
-    theirs = state_dict_utils.convert_sai_sd_control_lora_state_dict_to_peft(marks)
-    assert {home[int(mark)]: name for name, mark in theirs.items() if mark is not None} == {
-        name: name for name in home
-    }
-
-
-def test_flux_rows_agree_with_diffusers() -> None:
-    """Order, proportions and the swapped halves: the converter's rows are those of the sites."""
-    table = architectures.get("flux").components["transformer"]
-    theirs_in: dict[str, torch.Tensor] = {}
-    for name, shape in shapes("published__flux_control_lora_format").items():
-        small = (1, 4) if "lora_A" in name else (shape[0], 1) if len(shape) == 2 else shape
-        theirs_in[name] = torch.rand(small)
-    ours_in = dict(theirs_in)
-    theirs = lora_conversion_utils._convert_bfl_flux_control_lora_to_diffusers(theirs_in)
-    checked = 0
-    for name, value in ours_in.items():
-        if not name.endswith("lora_B.weight"):
-            continue
-        site = table.site("bfl", name.removesuffix(".lora_B.weight"))
-        assert site is not None, name
-        if site.operator == "swap_halves":
-            value = torch.cat(value.chunk(2)[::-1])
-        for part, (start, stop) in zip(site.parts, site.row_ranges(len(value)), strict=True):
-            assert torch.equal(theirs[f"transformer.{part}.lora_B.weight"], value[start:stop])
-            checked += 1
-    assert checked == 19 * 14 + 38 * 6 + 10

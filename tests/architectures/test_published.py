@@ -32,7 +32,7 @@ def module_names(listing: str, prefix: str) -> set[str]:
         ("flux_lora_diffusers_base_model_format", "base_model.model.", "diffusers", 381),
         ("flux_lora_aitoolkit_format", "diffusion_model.", "bfl", 228),
         ("flux_control_lora_format", "", "bfl", 314),
-        ("flux_lora_xlabs_format", "", "xlabs", 6),
+        ("flux_lora_xlabs_format", "", "xlabs", 12),
     ],
 )
 def test_flux(listing: str, prefix: str, column: str, count: int) -> None:
@@ -87,7 +87,7 @@ def test_block_counts_and_pins_speak_against_a_family() -> None:
 
 def test_generic_takes_any_dotted_name() -> None:
     generic = architectures.get("generic")
-    for name in module_names("published__qwen_image_lora_diffusers_format", "transformer."):
+    for name in module_names("published__qwen_image_lora_diffusers_format", ""):
         for component in generic.components.values():
             assert component.site(component.home, name) == Site(component.home, name, (name,))
             assert component.site_of(component.home, name) == component.site(component.home, name)

@@ -6,38 +6,15 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from peftsurgery.adapter import Adapter, group_path
+from peftsurgery.adapter import Adapter
 from peftsurgery.algorithms import ALGORITHMS, LoRA, WeightAdapter, split_blocks, swap_halves
+from peftsurgery.architectures import group
 from peftsurgery.checkpoint import Checkpoint
 from peftsurgery.codec.conventions import Conventions
-from peftsurgery.codec.detect import Explanation, Placement, detect, label
-from peftsurgery.codec.keys import Record, parse, rank_and_shape
+from peftsurgery.codec.detect import Explanation, Placement, label
+from peftsurgery.codec.explaining import explain_checkpoint
+from peftsurgery.codec.keys import Record, rank_and_shape
 from peftsurgery.errors import CannotFuse, CannotSplit, Finding, UnsupportedError, UsageError
-
-def explain_checkpoint(
-    checkpoint: Checkpoint,
-    *,
-    architecture: str | None = None,
-    known: Mapping[str, Iterable[str]] | None = None,
-) -> Explanation:
-    """Detection from headers alone. Raises UsageError or UnsupportedError as `parse` and `detect` do."""
-    source = checkpoint.source
-    parsed = parse(checkpoint, source)
-    if parsed.unknown:
-        first = parsed.unknown[0]
-        if parsed.records:
-            raise UsageError(
-                f"{source}: {len(parsed.unknown)} of {len(checkpoint)} keys have no adapter suffix, first {first!r}. "
-                "Expected suffixes of LoRA, LoHa, LoKr, full, norm or modules_to_save tensors."
-            )
-    return detect(
-        parsed,
-        checkpoint,
-        source=source,
-        architecture=architecture,
-        known=known,
-        metadata=checkpoint.metadata,
-    )
 
 
 def decode(
@@ -91,7 +68,9 @@ class Decoder:
         )
         if deviations:
             self.findings.append(
-                Finding("info", "layout-deviates", f"not pure {layout.name}: {'; '.join(deviations)}")
+                Finding(
+                    "info", "layout-deviates", f"not pure {layout.name}: {'; '.join(deviations)}"
+                )
             )
         return Adapter(
             modules,
@@ -116,7 +95,7 @@ class Decoder:
         scale = self.conventions.scale(record, placement, rank)
         tensors = {name: self._tensor(key) for name, key in record.keys.items()}
         shared: dict[str, object] = {"scale": scale}
-        self._shared(record, tensors, shared, scale, out, into)
+        self._shared(record, placement, tensors, shared, scale, (out, into))
         algorithm = record.algorithm or "full"
         kind = ALGORITHMS[algorithm]
         if "embedding_A" in tensors:
@@ -124,7 +103,11 @@ class Decoder:
             tensors["down"] = tensors.pop("embedding_B").T
             shared["stored"] = "embedding"
         own = {name: tensors[name] for name in kind.fields if name in tensors}
-        if self.conventions.transposed(placement) and algorithm == "lora" and "stored" not in shared:
+        if (
+            self.conventions.transposed(placement)
+            and algorithm == "lora"
+            and "stored" not in shared
+        ):
             own["up"], own["down"] = own["down"].T, own["up"].T
             shared["stored"] = "conv1d"
         if shared.get("stored") in ("embedding", "conv1d") and "magnitude" in shared:
@@ -145,12 +128,13 @@ class Decoder:
     def _shared(
         self,
         record: Record,
+        placement: Placement,
         tensors: dict[str, torch.Tensor],
         shared: dict[str, object],
         scale: float,
-        out: int,
-        into: int,
+        shape: tuple[int, int],
     ) -> None:
+        out, into = shape
         if "magnitude" in tensors:
             value = tensors["magnitude"]
             shared["magnitude"] = value.reshape(-1)
@@ -167,8 +151,7 @@ class Decoder:
             shared["bias"], shared["bias_is_value"] = tensors["bias_value"], True
         if "padded_shape" in tensors:
             shared["padded_shape"] = tuple(int(n) for n in tensors["padded_shape"].tolist())
-        elif record.module.endswith("img_in") and "bias_scaled" in tensors and into != 64:
-            # BFL control LoRAs widen img_in (64 channels) without saying so: the base is zero-padded
+        elif widened(self.explanation, placement, into):
             shared["padded_shape"] = (out, into)
 
     # placing -----------------------------------------------------------------------------------------------------
@@ -182,7 +165,9 @@ class Decoder:
             except (CannotSplit, CannotFuse):
                 mark = "~swap_halves"
         elif site.operator is not None and site.operator != "transpose":
-            raise UnsupportedError(f"{site.name!r}: the row operator {site.operator!r} is not known.")
+            raise UnsupportedError(
+                f"{site.name!r}: the row operator {site.operator!r} is not known."
+            )
         if len(site.parts) == 1:
             return {site.parts[0] + mark: adapter}
         unit, remainder = divmod(adapter.shape[0], sum(site.proportions))
@@ -198,7 +183,7 @@ class Decoder:
                 pieces.append(adapter.rows(start, start + proportion * unit))
                 start += proportion * unit
         except CannotSplit:
-            return {group_path(site.parts) + mark: adapter}
+            return {group(site.parts) + mark: adapter}
         if all(isinstance(piece, LoRA) for piece in pieces):
             pieces = list(split_blocks(pieces))  # type: ignore[arg-type]
         return {
@@ -208,9 +193,21 @@ class Decoder:
         }
 
 
+def widened(explanation: Explanation, placement: Placement, into: int) -> bool:
+    """Whether the adapter asks for more inputs than the base has, where the family allows it.
+
+    FLUX control LoRAs widen img_in without saying so: the base weight is zero-padded.
+    """
+    pin = explanation.architecture.pin(placement.component, placement.site.parts[0])
+    return pin is not None and pin.widens and pin.in_ is not None and into > pin.in_
+
+
 def _untouched(adapter: WeightAdapter) -> bool:
-    return isinstance(adapter, LoRA) and adapter.magnitude is None and adapter.bias is None and (
-        adapter.is_zero()
+    return (
+        isinstance(adapter, LoRA)
+        and adapter.magnitude is None
+        and adapter.bias is None
+        and (adapter.is_zero())
     )
 
 
@@ -225,5 +222,3 @@ def _axis(record: Record, value: torch.Tensor, out: int, into: int) -> str:
         f"{record.keys['magnitude']!r}: the DoRA magnitude has shape {list(shape)}; expected [{out}, 1, …] for a norm "
         f"per output or [1, {into}, …] for a norm per input."
     )
-
-

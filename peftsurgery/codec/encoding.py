@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from peftsurgery import architectures
-from peftsurgery.adapter import Adapter, group_parts, group_path, is_group
+from peftsurgery.adapter import Adapter, is_group, members
 from peftsurgery.algorithms import LoKr, LoRA, WeightAdapter, swap_halves
 from peftsurgery.architectures import Component, Site
 from peftsurgery.codec import peft_config
@@ -28,8 +28,12 @@ class Encoded:
 
     tensors: dict[str, dict[str, torch.Tensor]]  # part -> key -> tensor
     metadata: dict[str, str]
-    configs: dict[str, dict[str, object]] = field(default_factory=dict)  # part -> adapter_config.json
-    sources: dict[str, tuple[str, ...]] = field(default_factory=dict)  # key -> module paths it was made of
+    configs: dict[str, dict[str, object]] = field(
+        default_factory=dict
+    )  # part -> adapter_config.json
+    sources: dict[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # key -> module paths it was made of
     findings: list[Finding] = field(default_factory=list)
 
 
@@ -69,7 +73,9 @@ class Encoder:
             component = self.architecture.components[component_name]
             if reason := self._component_refused(component):
                 for path in self.adapter.of(component_name):
-                    self.refusals.append((f"{component_name}:{path}", reason, self._drop(component_name)))
+                    self.refusals.append(
+                        (f"{component_name}:{path}", reason, self._drop(component_name))
+                    )
                 continue
             self._component(component)
         self._extras()
@@ -85,9 +91,17 @@ class Encoder:
         layout = self.layout
         if layout.components and component.name not in layout.components:
             return f"{layout.title} holds only {', '.join(layout.components)} modules"
-        if not layout.components and component.name == "controlnet" and layout.container != "component":
+        if (
+            not layout.components
+            and component.name == "controlnet"
+            and layout.container != "component"
+        ):
             return f"{layout.title} has no place for a controlnet"
-        if not layout.text_encoders and not is_denoiser(component.name) and component.name != "controlnet":
+        if (
+            not layout.text_encoders
+            and not is_denoiser(component.name)
+            and component.name != "controlnet"
+        ):
             return f"{layout.title} has no place for text encoders"
         if self.architecture.name == "llm" and layout.container not in ("peft", "flat"):
             return f"{layout.title} is a diffusion layout and has no names for a language model"
@@ -97,7 +111,7 @@ class Encoder:
 
     @staticmethod
     def _drop(component: str) -> str:
-        return f"--drop '{component}:*' leaves it out on request"
+        return f"--drop '{component}{'' if ':' in component else ':*'}' leaves it out on request"
 
     def _refusal(self) -> str:
         module, reason, remedy = self.refusals[0]
@@ -113,10 +127,14 @@ class Encoder:
         sites: dict[str, tuple[Site, dict[str, WeightAdapter]]] = {}
         for path, module in self.adapter.of(component.name).items():
             full = f"{component.name}:{path}"
-            site = component.site_of(column, group_parts(path)[0])
+            site = component.site_of(column, members(path)[0])
             if site is None:
                 self.refusals.append(
-                    (full, f"the {column} names of {self.architecture.title} have no such module", self._drop(full))
+                    (
+                        full,
+                        f"the {column} names of {self.architecture.title} have no such module",
+                        self._drop(full),
+                    )
                 )
                 continue
             sites.setdefault(site.name, (site, {}))[1][path] = module
@@ -132,7 +150,7 @@ class Encoder:
 
     def _at_site(self, site: Site, found: Mapping[str, WeightAdapter]) -> WeightAdapter:
         """The adapter of one named module of the layout, from the home modules found for it."""
-        whole = group_path(site.parts)
+        whole = site.home
         marked = f"{whole}~{site.operator}" if site.operator else None
         if marked in found:
             return found[marked]
@@ -146,7 +164,9 @@ class Encoder:
             module = found[whole]
         else:
             first, share = next(
-                (found[p], n) for p, n in zip(site.parts, site.proportions, strict=True) if p in found
+                (found[p], n)
+                for p, n in zip(site.parts, site.proportions, strict=True)
+                if p in found
             )
             unit = first.shape[0] // share
             parts = [
@@ -156,7 +176,9 @@ class Encoder:
             kinds = {type(part) for part in parts if isinstance(part, WeightAdapter)}
             if len(kinds) > 1:
                 names = ", ".join(sorted(kind.algorithm for kind in kinds))
-                raise CannotFuse(f"{whole!r} would fuse different algorithms ({names}) into one weight")
+                raise CannotFuse(
+                    f"{whole!r} would fuse different algorithms ({names}) into one weight"
+                )
             module = type(first).fuse(parts)
         return swap_halves(module) if site.operator == "swap_halves" else module
 
@@ -174,7 +196,9 @@ class Encoder:
             key = suffix if suffix.startswith("=") else f"{name}{dialect.joint}{suffix}"
             key = key.removeprefix("=")
             if key in target:
-                raise UnsupportedError(f"{key!r} would be written twice; two module names flatten to one")
+                raise UnsupportedError(
+                    f"{key!r} would be written twice; two module names flatten to one"
+                )
             target[key] = tensor
             self.sources[f"{part}/{key}" if part else key] = paths
         self.written.setdefault(component.name, {})[site.name] = module
@@ -217,7 +241,9 @@ class Encoder:
             result[dialect.alpha] = torch.tensor(alpha, dtype=torch.float32)
         elif not self.fold and self.layout.alpha == "tensor" and not dialect.alpha:
             if float(module.scale) != 1.0:
-                raise UnsupportedError(f"{self.layout.title} has no place for alpha; use --alpha fold")
+                raise UnsupportedError(
+                    f"{self.layout.title} has no place for alpha; use --alpha fold"
+                )
         if isinstance(module, LoKr) and module.rank is None and dialect.alpha:
             result[dialect.alpha] = torch.tensor(1.0)
         self._magnitude(dialect, module, own, result)
@@ -245,7 +271,11 @@ class Encoder:
             raise UnsupportedError(
                 f"{self.layout.title} has no keys for {module.algorithm}; it holds "
                 f"{', '.join(a for a in dialect.algorithms if a != 'norm')}. "
-                + (LORA_ONLY if algorithm in ("loha", "lokr", "full") else "--drop leaves it out on request")
+                + (
+                    LORA_ONLY
+                    if algorithm in ("loha", "lokr", "full")
+                    else "--drop leaves it out on request"
+                )
             )
         missing = {"mid"} & set(module.tensors()) - set(fields or {})
         if missing:
@@ -255,7 +285,11 @@ class Encoder:
         return fields or {}
 
     def _values(
-        self, component: Component, site: Site, module: WeightAdapter, result: dict[str, torch.Tensor]
+        self,
+        component: Component,
+        site: Site,
+        module: WeightAdapter,
+        result: dict[str, torch.Tensor],
     ) -> dict[str, torch.Tensor]:
         """Keys of a replaced weight: the layout's own parameter name where a row maps the parameter."""
         if self.layout.container not in ("component", "bare", "peft"):
@@ -340,7 +374,9 @@ class Encoder:
                 self.sources[key] = (key,)
             elif key == "lora_controlnet":
                 self.findings.append(
-                    Finding("info", "marker-dropped", "the control-LoRA marker has no meaning here", key)
+                    Finding(
+                        "info", "marker-dropped", "the control-LoRA marker has no meaning here", key
+                    )
                 )
             else:
                 self.refusals.append(
@@ -369,9 +405,12 @@ class Encoder:
                 metadata["lora_adapter_metadata"] = json.dumps(packed, indent=2, sort_keys=True)
                 self.findings.append(
                     Finding(
-                        "info", "alpha-in-metadata",
+                        "info",
+                        "alpha-in-metadata",
                         "alpha differs from rank and lies in lora_adapter_metadata, which diffusers reads; programs that "
-                        "ignore it apply another strength", None, "--alpha fold stores the scale in the factors",
+                        "ignore it apply another strength",
+                        None,
+                        "--alpha fold stores the scale in the factors",
                     )
                 )
         elif self.layout.dialect.alpha and self.layout.container == "flat":
@@ -379,14 +418,22 @@ class Encoder:
         encoded.metadata = metadata
 
     def _kohya_metadata(self, metadata: Mapping[str, str]) -> dict[str, str]:
-        modules = [m for found in self.written.values() for m in found.values() if m.rank is not None]
+        modules = [
+            m for found in self.written.values() for m in found.values() if m.rank is not None
+        ]
         ranks = {m.rank for m in modules}
         alphas = {alpha_of(float(m.scale), m.rank) for m in modules if m.rank}
         known = metadata.get("ss_network_module")
         plain = all(isinstance(m, LoRA) and m.magnitude is None for m in modules)
-        kind = KOHYA_MODULES.get(self.architecture.name, KOHYA_MODULES["lora"]) if plain else "lycoris.kohya"
+        kind = (
+            KOHYA_MODULES.get(self.architecture.name, KOHYA_MODULES["lora"])
+            if plain
+            else "lycoris.kohya"
+        )
         return {
-            "ss_network_module": known if known and plain == known.startswith("networks.") else kind,
+            "ss_network_module": known
+            if known and plain == known.startswith("networks.")
+            else kind,
             "ss_network_dim": f"{ranks.pop()}" if len(ranks) == 1 else "Dynamic",
             "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
         }
