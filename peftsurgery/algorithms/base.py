@@ -1,5 +1,4 @@
-"""What every adapter algorithm shares: storage, the merge formula, splitting and joining of output
-rows.
+"""What every adapter algorithm shares: the merge formula, splitting and joining of output rows.
 
 An adapter changes one weight W (o, i, *k) and its bias. It is additive when ΔW does not depend on
 W. Factors are oriented to the weight as stored in the file, so no transposes appear in the
@@ -38,8 +37,7 @@ class WeightAdapter(AdapterTensors):
     # --- to be written by each algorithm ----------------------------------------------------------
 
     def _tile(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Rows start:stop of the algorithm's own product, scale included, (rows, columns), before
-        DoRA."""
+        """Rows start:stop of the product with scale, before DoRA: (rows, columns)."""
         raise NotImplementedError
 
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
@@ -82,8 +80,7 @@ class WeightAdapter(AdapterTensors):
         return self._tile(0, self._shape[0], torch.float32).reshape(target)
 
     def tile(self, start: int, stop: int) -> Tensor:
-        """Rows start:stop of ΔW as (rows, i·k) in fp32 without building the rest; additive adapters
-        only."""
+        """Rows start:stop of ΔW, (rows, i·k) in fp32, without the rest; additive adapters only."""
         self._require_additive("tile")
         self._check_range(start, stop)
         return self._tile(start, stop, torch.float32)
@@ -93,16 +90,15 @@ class WeightAdapter(AdapterTensors):
         return out.add_(self.tile(start, stop), alpha=strength)
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        """(U (o, R), V (R, i·k)) in fp32 with U V = ΔW exactly; None when there are none or R would
-        be full.
+        """(U (o, R), V (R, i·k)) in fp32 with U V = ΔW exactly.
 
-        May share storage with the parameters: do not write into them.
+        None when there are none, when R would reach min(o, i·k), or when it is not additive. May
+        share storage with the parameters: do not write into them.
         """
         return self._factors(torch.float32) if self.additive else None
 
     def svd(self, rule: RankRule | None = None) -> Triplet:
-        """U (o, k), S (k,), Vh (k, i·k) of ΔW, from factors where there are any; additive adapters
-        only."""
+        """U (o, k), S (k,), Vh (k, i·k) of ΔW, from factors if there are any; additive only."""
         self._require_additive("svd")
         if bad := self.nonfinite():
             raise UsageError(f"{self._at(bad[0])}: NaN or Inf; no SVD is defined.")
@@ -186,8 +182,7 @@ class WeightAdapter(AdapterTensors):
             raise UsageError(f"{type(self).__name__}: rows {start}:{stop} of {self._shape[0]}.")
 
     def rows(self, start: int, stop: int) -> WeightAdapter:
-        """The exact restriction to output rows start:stop, sharing storage; CannotSplit when there
-        is none.
+        """The exact restriction to output rows start:stop, sharing storage, or CannotSplit.
 
         A per-input DoRA cannot be split: its norms run over all rows.
         """
@@ -212,8 +207,7 @@ class WeightAdapter(AdapterTensors):
 
     @classmethod
     def fuse(cls, parts: Sequence[WeightAdapter | int]) -> WeightAdapter:
-        """Join along the output rows; an int is that many untouched rows. Exact, or CannotFuse says
-        why not.
+        """Join along the output rows; an int is that many untouched rows. Exact, or CannotFuse.
 
         Equal input sides are stored once, different ones block by block. Unequal scales: the first
         non-zero scale is kept and its ratio to the others goes into their output side, rounded once

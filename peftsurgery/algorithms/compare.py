@@ -12,12 +12,11 @@ from ..linalg import low_rank_difference_norm, low_rank_norm
 from .base import WeightAdapter
 from .slots import bit_equal, fit_shape
 
-TILE = 1 << 22  # elements of an fp64 row tile
+TILE = 1 << 20  # elements of an fp64 row tile
 
 
 def norm(adapter: WeightAdapter) -> float:
-    """||ΔW||_F of an additive adapter, from its factors or by row tiles in fp64; UsageError for
-    others."""
+    """||ΔW||_F of an additive adapter, from factors or row tiles in fp64; else UsageError."""
     if not adapter.additive:
         raise UsageError(
             f"norm: the change of a {type(adapter).__name__} depends on the weight; use "
@@ -77,8 +76,13 @@ def _same_kind(a: WeightAdapter, b: WeightAdapter) -> bool:
 
 
 def _thin(adapter: WeightAdapter) -> tuple[Tensor, Tensor] | None:
-    factors = adapter._factors(torch.float64)
-    return factors if factors and 2 * factors[0].shape[1] <= min(adapter.matrix_shape) else None
+    """fp64 factors, when the Gram matrices of two adapters cost less than their row tiles."""
+    factors, inner = adapter._factors(torch.float64), adapter.rank
+    if factors is None or inner is None:
+        return None
+    o, n = adapter.matrix_shape
+    wide = 2 * factors[0].shape[1]
+    return factors if wide * wide * (o + n) <= o * n * (2 * inner + 10) else None
 
 
 def _step(adapter: WeightAdapter) -> int:

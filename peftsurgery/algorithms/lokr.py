@@ -285,8 +285,7 @@ def _kron(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _trivial(matrix: Tensor, pair: Pair | None) -> Pair:
-    """The pair if it is thinner than the matrix, otherwise the matrix and an identity on its
-    smaller side."""
+    """The pair if it is thinner than the matrix, else the matrix and a small identity."""
     rows, columns = matrix.shape
     if pair is not None and pair[0].shape[1] < min(rows, columns):
         return pair

@@ -1,5 +1,4 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685) for matrices and convolutions, with the Tucker form of
-LoCon."""
+"""LoRA (Hu et al. 2021, arXiv 2106.09685), on convolutions too, and LoCon's Tucker form."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Rows of adapters side by side: which parts can be joined, which tensors they share, how blocks
-are laid out."""
+"""Rows of adapters side by side: what can be joined, what is shared, how blocks are laid out."""
 
 from __future__ import annotations
 
@@ -55,8 +54,7 @@ def fit_shape(shape: Sequence[int], target: Sequence[int]) -> bool:
 
 
 def pad_to(tensor: Tensor, shape: tuple[int, ...] | None) -> Tensor:
-    """Zeros appended at the end of each dimension up to `shape`; the tensor itself when nothing is
-    to do."""
+    """Zeros appended at the end of each dimension up to `shape`; no copy when nothing is to do."""
     if shape is None or tuple(tensor.shape) == shape:
         return tensor
     if tensor.ndim != len(shape) or any(a > b for a, b in zip(tensor.shape, shape, strict=False)):
@@ -72,8 +70,7 @@ def pad_to(tensor: Tensor, shape: tuple[int, ...] | None) -> Tensor:
 
 
 def bit_equal(a: Tensor | None, b: Tensor | None) -> bool:
-    """Same dtype, elements and bits, trailing ones in the shape aside; NaN equals itself. Shared
-    memory is not read."""
+    """Same dtype, shape (trailing ones aside) and bits. Shared memory is not read."""
     if a is None or b is None:
         return a is b
     if a is b:
@@ -88,8 +85,7 @@ def bit_equal(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def widest(tensors: Sequence[Tensor]) -> torch.dtype:
-    """The smallest dtype that holds all of them exactly; fp8 beside another dtype counts as fp16,
-    which holds it."""
+    """The smallest dtype that holds all exactly; fp8 beside another dtype counts as fp16."""
     dtypes = {t.dtype for t in tensors}
     if len(dtypes) == 1:
         return dtypes.pop()
@@ -172,8 +168,7 @@ def group_by(slots: Sequence[Part], fields: Sequence[str]) -> tuple[list[int], l
 
 
 def check_parts(cls: type[WeightAdapter], parts: Sequence[WeightAdapter | int]) -> list[Part]:
-    """The parts as slots of one result; CannotFuse for mixed algorithms or different input
-    sides."""
+    """The parts as slots of one result; CannotFuse for mixed algorithms or input sides."""
     slots: list[Part] = []
     top = 0
     first: WeightAdapter | None = None

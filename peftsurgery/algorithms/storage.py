@@ -177,8 +177,7 @@ class AdapterTensors(nn.Module):
         return tuple(n for n, t in checked.items() if not bool(torch.isfinite(t.float()).all()))
 
     def is_zero(self) -> bool:
-        """Whether it certainly changes nothing: additive, a factor (or the scale) all zero, no bias
-        change."""
+        """Whether it certainly changes nothing: additive, a zero factor or scale, no bias."""
         if not self.additive or self.bias_is_value:
             return False
         if self.bias is not None and bool((self.bias != 0).any()):
@@ -209,8 +208,7 @@ class AdapterTensors(nn.Module):
         )
 
     def with_tensors(self, **changes: object) -> Self:
-        """The same adapter with some fields, options or common arguments replaced; the rest is
-        shared."""
+        """The same adapter with some fields, options or common arguments replaced."""
         known: dict[str, object] = {n: self._parameters[n] for n in self.fields}
         known |= {n: getattr(self, n) for n in self.options}
         known |= self.common()

@@ -168,14 +168,13 @@ def _only(top: Set[str], where: str) -> str:
         if found:
             listed = ", ".join(found[:6]) + (", ..." if len(found) > 6 else "")
             raise UsageError(
-                f"{where}: holds {len(found)} weight files and no index ({listed}); give the "
-                "path of one"
+                f"{where}: holds {len(found)} weight files and no index ({listed}); give the path "
+                "of one"
             )
     raise UsageError(
         f"{where}: no weights in this folder (looked for model_index.json, adapter_config.json, "
         "model.safetensors, diffusion_pytorch_model.safetensors and their indexes, PEFT "
-        "sub-folders, "
-        "pytorch_lora_weights.safetensors, a single .safetensors or .sft file)"
+        "sub-folders, pytorch_lora_weights.safetensors, a single .safetensors or .sft file)"
     )
 
 

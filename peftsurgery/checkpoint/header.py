@@ -268,8 +268,8 @@ def read_header(file: BinaryIO, *, where: str, limits: Limits = DEFAULT_LIMITS) 
         )
     if length > size - 8:
         raise UsageError(
-            f"{where}: truncated inside the header ({size - 8} of {length} bytes). "
-            "Download or copy the file again."
+            f"{where}: truncated inside the header ({size - 8} of {length} bytes). Download or "
+            "copy the file again."
         )
     file.seek(8)
     raw = file.read(length)

@@ -36,8 +36,8 @@ _OTHER_MEMBERS = frozenset(
     {"byteorder", "version", ".format_version", ".storage_alignment", ".data/serialization_id"}
 )
 _REMEDY = (
-    "Where it was made: `torch.save(torch.load(file, weights_only=True), file)` with torch >= 1.6, "
-    "or save it as safetensors."
+    "Where it was made: `torch.save(torch.load(file, weights_only=True), file)` with torch >= "
+    "1.6, or save it as safetensors."
 )
 
 Span = tuple[int, int]  # bytes begin:end of the file
@@ -49,9 +49,9 @@ def is_pickle_name(name: str) -> bool:
 
 def refuse_pickle(path: Path | str) -> NoReturn:
     raise UnsafeInputError(
-        f"{path}: a pickle, which can run code when loaded. Use the .safetensors file instead, "
-        "or pass "
-        "--allow-pickle (allow_pickle=True): it is then read by an interpreter that runs nothing."
+        f"{path}: a pickle, which can run code when loaded. Use the .safetensors file instead, or "
+        "pass --allow-pickle (allow_pickle=True): it is then read by an interpreter that runs "
+        "nothing."
     )
 
 
@@ -210,8 +210,7 @@ def _unwrap(value: object, path: Path, limits: Limits) -> tuple[dict[str, object
                 _refuse(
                     path,
                     f"{shown(key)} beside the state dict is {type(item).__name__}; only tensors, "
-                    "and numbers "
-                    "or text beside them, are accepted. Save the state dict alone.",
+                    "and numbers or text beside them, are accepted. Save the state dict alone.",
                 )
             metadata[key] = str(item)
         value = value["state_dict"]
@@ -244,8 +243,8 @@ def _place(file: FileMap, name: str, ref: TensorRef, spans: dict[str, Span]) -> 
         _refuse(
             file.path,
             f"{shown(name)}: shape {list(ref.shape)} with strides {list(ref.strides)} from "
-            f"{ref.offset} "
-            f"reaches outside its storage of {elements} elements, or repeats some of them",
+            f"{ref.offset} reaches outside its storage of {elements} elements, or repeats some of "
+            "them",
         )
     if count == 0:
         return LazyTensor(file, name, ref.dtype, ref.shape, span[0], span[0])

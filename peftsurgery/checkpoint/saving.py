@@ -224,8 +224,7 @@ def _check_stale(target: Path, written: Sequence[Path], index: Path) -> None:
     if stale:
         raise UsageError(
             f"{target.parent}: holds {', '.join(stale[:6])} of an earlier save, which would stay "
-            "beside the new "
-            "files; remove them or save to another folder"
+            "beside the new files; remove them or save to another folder"
         )
 
 
@@ -254,8 +253,7 @@ def _write(fd: int, entries: Sequence[_Entry], metadata: Mapping[str, str], path
         if sink.written - start != entry.nbytes:
             raise CheckFailed(
                 f"{path}: {shown(entry.name)} gave {sink.written - start} bytes, {entry.nbytes} "
-                "were promised "
-                f"({entry.dtype} {list(entry.shape)}); nothing was written"
+                f"were promised ({entry.dtype} {list(entry.shape)}); nothing was written"
             )
     if run is not None:
         sink.copy(*run)

@@ -38,8 +38,8 @@ def parse(
                 if key in seen:
                     raise UnsafeInputError(
                         f"{where}: the key {shown(key)} occurs twice in one JSON object; readers "
-                        "would "
-                        "disagree about which one counts. Write the file again with every key once."
+                        "would disagree about which one counts. Write the file again with every "
+                        "key once."
                     )
                 seen.add(key)
         return result

@@ -167,8 +167,7 @@ class LazyTensor:
         if dtype is None:
             raise UnsupportedError(
                 f"{self.path}: {self.name!r}: torch has no {self.dtype} of shape "
-                f"{list(self.shape)}; "
-                "use read() for the packed bytes"
+                f"{list(self.shape)}; use read() for the packed bytes"
             )
         if self.nbytes == 0:
             return torch.empty(shape, dtype=dtype)

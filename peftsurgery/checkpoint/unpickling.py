@@ -216,10 +216,8 @@ class _Machine:
         if (module, name) not in ALLOWED:
             self.refuse(
                 f"it wants {shown(f'{module}.{name}')}, which is not among the few names a state "
-                "dict needs. "
-                "Nothing was run. If you trust the file, load it where it was made and save only "
-                "its state dict, "
-                "as safetensors."
+                "dict needs. Nothing was run. If you trust the file, load it where it was made "
+                "and save only its state dict, as safetensors."
             )
         return Symbol(module, name)
 

@@ -67,8 +67,8 @@ def dtype_and_shape(value: object, name: str) -> tuple[str, tuple[int, ...]]:
         return dtype, (*shape[:-1], 2 * shape[-1]) if dtype == "F4" else shape
     raise UnsupportedError(
         f"{name!r}: {type(value).__name__} {torch_name} {layout} cannot be saved; expected a "
-        "LazyTensor, a Deferred, "
-        "a numpy array or a dense torch tensor of a dtype the safetensors format has"
+        "LazyTensor, a Deferred, a numpy array or a dense torch tensor of a dtype the safetensors "
+        "format has"
     )
 
 

@@ -162,7 +162,7 @@ def _factor(modules: Mapping[str, LoKr]) -> int:
     candidates += [c for (_, _, c, _) in shapes.values()]
     for factor in dict.fromkeys(candidates):
         if all(
-            factorization(a * b, factor) == (a, b) and factorization(c * d, factor) == (c, d)
+            factorization(a * b, factor, ordered=False) == (a, b) and factorization(c * d, factor, ordered=False) == (c, d)
             for a, b, c, d in shapes.values()
         ):
             return factor

@@ -118,7 +118,7 @@ def test_lora_bias(kind: str, rng: Generator) -> None:
 def test_loha_delta(kind: str, effective: bool, rng: Generator) -> None:
     config = LoHaConfig(r=3, alpha=5, use_effective_conv2d=effective, target_modules=["layer"])
     layer = wrap(kind, config, rng)
-    tensors = {n.removeprefix("hada_"): t for n, t in state(layer).items()}
+    tensors: dict[str, Any] = {n.removeprefix("hada_"): t for n, t in state(layer).items()}
     assert ("t1" in tensors) == (effective and kind in ("conv1d", "conv2d"))
     adapter = LoHa(**tensors, scale=layer.scaling["default"])
     close(adapter.delta(stored_weight(layer)), stored_delta(kind, layer))
@@ -138,7 +138,7 @@ def test_lokr_delta(kind: str, rank: int, both: bool, effective: bool, rng: Gene
         target_modules=["layer"],
     )
     layer = wrap(kind, config, rng)
-    tensors = {n.removeprefix("lokr_"): t for n, t in state(layer).items()}
+    tensors: dict[str, Any] = {n.removeprefix("lokr_"): t for n, t in state(layer).items()}
     adapter = LoKr(**tensors, scale=layer.scaling["default"])
     ours, theirs = adapter.delta(stored_weight(layer)), stored_delta(kind, layer)
     if kind == "conv1d" and "w2" in tensors:

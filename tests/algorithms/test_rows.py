@@ -1,5 +1,7 @@
 """Splitting and joining along the output rows: exact, sharing what can be shared, or refused."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Generator, Tensor
@@ -284,7 +286,8 @@ def test_loha_shares_its_input_side(rng: Generator) -> None:
 
 def lokr(rng: Generator, **changes: tuple[int, ...]) -> LoKr:
     shapes = {"w1": (4, 2), "w2": (3, 5)} | changes
-    return LoKr(**{n: draw(rng, *s) for n, s in shapes.items() if s}, scale=0.5)
+    tensors: dict[str, Any] = {n: draw(rng, *s) for n, s in shapes.items() if s}
+    return LoKr(**tensors, scale=0.5)
 
 
 @pytest.mark.parametrize(
@@ -370,9 +373,9 @@ def test_refusals_name_the_reason(rng: Generator) -> None:
         LoRA.fuse([plain, Full(draw(rng, 4, 5))])
     with pytest.raises(CannotFuse, match="pad"):
         LoRA.fuse([plain, plain.with_tensors(padded_shape=(4, 5))])
+    kinds = [plain.with_tensors(bias=draw(rng, 4), bias_is_value=v) for v in (True, False)]
     with pytest.raises(CannotFuse, match="bias delta"):
-        bias = draw(rng, 4)
-        LoRA.fuse([plain.with_tensors(bias=bias, bias_is_value=v) for v in (True, False)])
+        LoRA.fuse(kinds)
     with pytest.raises(CannotFuse, match="Tucker"):
         LoRA.fuse([plain, plain.with_tensors(mid=draw(rng, 2, 2))])
     with pytest.raises(UsageError, match="0 rows"):

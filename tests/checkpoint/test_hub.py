@@ -48,8 +48,12 @@ def test_grammar(source, expected):
 
 @pytest.mark.parametrize(
     "source",
-    ["hf://owner", "hf://", "owner/repo:../x", "owner/repo:/etc/x", "owner/repo@../main:x"]
-    + [
+    [
+        "hf://owner",
+        "hf://",
+        "owner/repo:../x",
+        "owner/repo:/etc/x",
+        "owner/repo@../main:x",
         "hf://owner/repo/a/../../x",
         "owner/repo:a\\x",
         "owner/repo:a\x1b",
@@ -78,7 +82,7 @@ def lay_out(cache: Path, files: dict[str, Path], repo: str = "owner/repo") -> Pa
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    """A cache with one PEFT repository and one pipeline; the hub is offline."""
+    """A cache with a PEFT repository and a pipeline; offline."""
     made = tmp_path / "made"
     adapter = write_simple(made / "adapter.safetensors", {"q.lora_A.weight": 3})
     model = write_simple(made / "model.safetensors", {"w": 2})

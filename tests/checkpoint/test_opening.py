@@ -234,8 +234,12 @@ def test_devices_pipes_and_dangling_links_are_not_opened(tmp_path):
         "sub/x.safetensors",
         "..",
         "C:x.safetensors",
-    ]
-    + ["a\\x.safetensors", "", "x\x00.safetensors", "x\n.safetensors", "x" * 250 + ".safetensors"],
+        "a\\x.safetensors",
+        "",
+        "x\x00.safetensors",
+        "x\n.safetensors",
+        "x" * 250 + ".safetensors",
+    ],
 )
 def test_shard_names_are_plain_basenames(tmp_path, shard):
     write_simple(tmp_path / "secret.safetensors", {"w": 1})

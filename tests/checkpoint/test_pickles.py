@@ -1,4 +1,4 @@
-"""Torch pickles: refused by default, then read without running anything; every attack refused by name."""
+"""Torch pickles: refused by default, then read without running anything; attacks by name."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class Exploit:
     def __init__(self, function: object, *arguments: object) -> None:
         self.function, self.arguments = function, arguments
 
-    def __reduce__(self):  # noqa: ANN204
+    def __reduce__(self):
         return self.function, self.arguments
 
 
@@ -164,7 +164,11 @@ def test_nothing_is_run(tmp_path):
         (b"ccollections\nOrderedDict\n}b.", "BUILD on collections.OrderedDict"),
         (b"]}b.", "BUILD on list"),
         (b"K\x01Q.", "a persistent id that is not a storage"),
-        (b"(X\x07\x00\x00\x00storageccollections\nOrderedDict\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x01tQ.", "a persistent id"),
+        (
+            b"(X\x07\x00\x00\x00storageccollections\nOrderedDict\n"
+            b"X\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x01tQ.",
+            "a persistent id",
+        ),
         (b"}(K\x01K\x02u.", "a dictionary key of type int"),
         (b"}(X\x01\x00\x00\x00aK\x02X\x01\x00\x00\x00aK\x03u.", "the key 'a' occurs twice"),
         (b"]K\x01K\x02s.", "items are set on list"),
@@ -189,7 +193,10 @@ def test_nothing_is_run(tmp_path):
         (b"}X\x01\x00\x00\x00aK\x02s.", "'a' is int, only tensors are accepted"),
         (b"}X\x01\x00\x00\x00a]s.", "'a' is list, only tensors are accepted"),
         (b"}q\x00X\x0a\x00\x00\x00state_dicth\x00s.", 'more than 8 levels of "state_dict"'),
-        (b"}(X\x0a\x00\x00\x00state_dict}X\x03\x00\x00\x00opt]u.", "'opt' beside the state dict is list"),
+        (
+            b"}(X\x0a\x00\x00\x00state_dict}X\x03\x00\x00\x00opt]u.",
+            "'opt' beside the state dict is list",
+        ),
     ],
 )  # fmt: skip
 def test_refused_by_its_own_message(tmp_path, data, expected):
@@ -200,10 +207,11 @@ def tensor_pickle(
     name: str = "w",
     key: str = "0",
     numel: int = 4,
+    *,
     offset: int = 0,
-    shape=(4,),
-    strides=(1,),
-    extra=(),
+    shape: tuple[int, ...] = (4,),
+    strides: tuple[int, ...] = (1,),
+    extra: tuple[object, ...] = (),
 ) -> bytes:
     """data.pkl of {name: one float tensor} with the numbers given, whether they make sense or not."""
 

@@ -20,7 +20,7 @@ from peftsurgery.checkpoint import Deferred, LazyTensor, open_checkpoint, save, 
 from peftsurgery.checkpoint.dtypes import BITS, TORCH_NAMES
 from peftsurgery.checkpoint.saving import size_in_bytes
 from peftsurgery.errors import CheckFailed, UnsupportedError, UsageError
-from tests.checkpoint.build import raw_file, entry, write_simple
+from tests.checkpoint.build import entry, raw_file, write_simple
 
 TORCH_DTYPES = [getattr(torch, name) for dtype, name in TORCH_NAMES.items() if dtype != "F4"]
 
@@ -238,8 +238,8 @@ def test_shards_into_a_new_folder(tmp_path):
         index_name="diffusion.index.json",
     )
     assert files[-1] == tmp_path / "two/diffusion.index.json"
+    bad = {"a": torch.zeros(200), "b": Deferred("F32", (200,), lambda: [b"x"])}
     with pytest.raises(CheckFailed):
-        bad = {"a": torch.zeros(200), "b": Deferred("F32", (200,), lambda: [b"x"])}
         save(tmp_path / "three", bad, shard_size="1KB")
     assert not (tmp_path / "three").exists()
 

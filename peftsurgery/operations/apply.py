@@ -1,0 +1,332 @@
+"""Arithmetic of a merge, by row tiles: fp32 in between, one rounding at the end, and the share of ΔW that survives it.
+
+An ordered stack is the composition of weight maps, W_k = W_{k-1} + t_k (op_k(W_{k-1}) - W_{k-1}); relative to the base
+every op_k looks at W_0 instead, which makes the order irrelevant.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peftsurgery.algorithms import LoRA, WeightAdapter
+from peftsurgery.algorithms.slots import pad_to
+from peftsurgery.checkpoint.dtypes import torch_dtype
+from peftsurgery.errors import CannotSplit, CheckFailed
+from peftsurgery.operations.plan import Edit, Target
+
+TILE = 1 << 20  # elements of a row tile: smaller ones drown in dispatch, larger ones leave the cache
+QUEUE_BYTES = 96 << 20  # finished tiles that may wait for the disk
+
+RowOperation = Callable[[Tensor, int, int], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How results are rounded. `dtype` None keeps the stored one; `seed` is for stochastic rounding."""
+
+    relative_to: str = "current"
+    rounding: str = "nearest"
+    seed: int = 0
+    dtype: str | None = None
+
+
+@dataclass
+class Survival:
+    """Sums over elements: Δ = exact - base, kept = written - base."""
+
+    kept: float = 0.0  # <kept, Δ>
+    total: float = 0.0  # ||Δ||²
+    error: float = 0.0  # ||kept - Δ||²
+
+    @property
+    def share(self) -> float:
+        """<kept, Δ> / ||Δ||²: 1 when everything was written, 0 when rounding swallowed it."""
+        return self.kept / self.total if self.total > 0 else 1.0
+
+    def add(self, other: Survival) -> None:
+        """Accumulate another sum."""
+        self.kept += other.kept
+        self.total += other.total
+        self.error += other.error
+
+
+def output_dtype(target: Target, settings: Settings) -> str:
+    """The safetensors dtype a target is written in."""
+    return settings.dtype or target.tensor.dtype
+
+
+def spans(target: Target) -> list[tuple[int, int]]:
+    """Row tiles [start, stop) of a target, at least `TILE` elements each where the tensor has them."""
+    rows = target.shape[0] if target.shape else 1
+    step = max(1, TILE // max(1, target.columns))
+    return [(a, min(a + step, rows)) for a in range(0, rows, step)]
+
+
+class Renderer:
+    """Computes row tiles of one target."""
+
+    def __init__(self, target: Target, settings: Settings) -> None:
+        self.target = target
+        self.settings = settings
+        self.dtype = torch_dtype(output_dtype(target, settings))
+        self.whole: Tensor | None = None
+        self.base: Tensor | None = None
+        self.operations: list[tuple[Edit, RowOperation]] = []
+        if all(_by_rows(edit, target) for edit in target.edits):
+            self.operations = [(edit, self._row_operation(edit)) for edit in target.edits]
+        else:
+            self.base = self._load(0, target.shape[0])
+            self.whole = self._composed(self.base)
+        rows = max((b - a) for a, b in spans(target))
+        self._scratch = torch.empty(rows, target.columns)
+        self._before = torch.empty(rows, target.columns)
+
+    def tile(self, start: int, stop: int) -> tuple[Tensor, Survival]:
+        """Rows [start, stop) rounded to the output dtype, and what survived. Raises CheckFailed on NaN or Inf."""
+        if self.whole is not None and self.base is not None:
+            exact, before = self.whole[start:stop], self.base[start:stop]
+        else:
+            exact, before = self._scratch[: stop - start], self._before[: stop - start]
+            before.copy_(self._load(start, stop))
+            exact.copy_(before)
+            for edit, operation in self.operations:
+                self._apply(edit, operation, exact, before, start, stop)
+        written = self._round(exact, start)
+        return written, self._survival(exact, before, written)
+
+    def _apply(
+        self, edit: Edit, operation: RowOperation, out: Tensor, before: Tensor, start: int, stop: int
+    ) -> None:
+        low, high = max(start, edit.start), min(stop, edit.stop)
+        while low < high:
+            row = (low - edit.start + edit.offset) % edit.modulus
+            end = min(high, low + edit.modulus - row)
+            view = out[low - start : end - start]
+            if self.settings.relative_to == "base" and not edit.module.additive:
+                change = before[low - start : end - start].clone()
+                origin = change.clone()
+                operation(change, row, row + end - low)
+                view += change - origin
+            else:
+                operation(view, row, row + end - low)
+            low = end
+
+    def _load(self, start: int, stop: int) -> Tensor:
+        """Rows of the base in fp32, zero-padded where the merge widens the weight: (rows, columns)."""
+        tensor, shape = self.target.tensor, self.target.shape
+        stored = tuple(tensor.shape)
+        if not stored:
+            return tensor.torch().float().reshape(1, 1)
+        if stored == shape:
+            return tensor.rows(start, stop).torch().float().reshape(stop - start, -1)
+        full = tensor.torch().float()
+        if len(stored) == len(shape) and all(a <= b for a, b in zip(stored, shape, strict=True)):
+            return pad_to(full, shape)[start:stop].reshape(stop - start, -1)
+        kept = full[: shape[0]]  # a replaced weight with fewer rows
+        return kept[start:stop].reshape(stop - start, -1)
+
+    def _row_operation(self, edit: Edit) -> RowOperation:
+        module, t = edit.module, edit.strength
+        if edit.parameter == "bias":
+            return _bias_operation(module, t)
+        if isinstance(module, LoRA) and module.additive:
+            factors = module.factors()
+            assert factors is not None
+            outer, inner = factors
+            return lambda out, a, b: out.addmm_(outer[a:b], inner, alpha=t)  # type: ignore[return-value]
+        if module.additive:
+            return lambda out, a, b: module.accumulate(out, a, b, t)  # type: ignore[return-value]
+
+        def replace(out: Tensor, a: int, b: int) -> None:
+            part = module.rows(a, b).with_tensors(padded_shape=None)
+            shape = (b - a, *module.shape[1:])
+            out.copy_(part.merged(out.reshape(shape), None, t)[0].reshape(out.shape))
+
+        return replace
+
+    def _composed(self, base: Tensor) -> Tensor:
+        """The whole tensor at once, for maps that look at all rows (per-input DoRA, transposed weights)."""
+        current = base.clone()
+        for edit in self.target.edits:
+            source = base if self.settings.relative_to == "base" else current
+            rows = source[edit.start : edit.stop]
+            if edit.parameter == "bias":
+                change = rows.clone()
+                _bias_operation(edit.module, edit.strength)(
+                    change, edit.offset, edit.offset + rows.shape[0]
+                )
+            else:
+                change = self._mapped(edit, rows)
+            current[edit.start : edit.stop] += change - rows
+        return current
+
+    def _mapped(self, edit: Edit, rows: Tensor) -> Tensor:
+        module = edit.module
+        if edit.transposed:
+            home = rows.reshape(self.target.shape).T
+            return module.merged(home, None, edit.strength)[0].T.reshape(rows.shape)
+        if rows.shape[0] != module.shape[0]:
+            raise CannotSplit(
+                f"{edit.path}: a {module.algorithm} over several weights that the base stores apart; convert the "
+                "adapter with --algorithm lora --base first"
+            )
+        turned = rows.roll(-edit.offset, 0) if edit.offset else rows
+        shape = (rows.shape[0], *self.target.shape[1:])
+        plain = module.with_tensors(padded_shape=None)
+        result = plain.merged(turned.reshape(shape), None, edit.strength)[0].reshape(rows.shape)
+        return result.roll(edit.offset, 0) if edit.offset else result
+
+    def _round(self, exact: Tensor, start: int) -> Tensor:
+        if self.settings.rounding == "nearest" or self.dtype == torch.float32:
+            return exact.to(self.dtype)
+        return stochastic(exact, self.dtype, _generator(self.settings.seed, self.target.name, start))
+
+    def _survival(self, exact: Tensor, before: Tensor, written: Tensor) -> Survival:
+        delta = (exact - before).reshape(-1)
+        kept = written.float().reshape(-1).sub_(before.reshape(-1))
+        inner, total = float(torch.dot(kept, delta)), float(torch.dot(delta, delta))
+        if not (inner == inner and total == total and abs(inner) != float("inf")):
+            raise CheckFailed(
+                f"{self.target.name!r}: the merge gives NaN or Inf in {self.dtype}; nothing was kept. Check the adapter with "
+                "inspect --norms, or write a wider --dtype."
+            )
+        return Survival(inner, total, float(torch.dot(kept.sub_(delta), kept)))
+
+
+def _by_rows(edit: Edit, target: Target) -> bool:
+    """Whether the edit's map of a row looks at that row alone."""
+    if edit.transposed:
+        return False
+    if edit.parameter == "bias" or edit.module.additive:
+        return True
+    if edit.module.magnitude_axis == "in":
+        return False
+    rows = edit.stop - edit.start
+    step = max(1, TILE // max(1, target.columns))
+    try:
+        for a in range(0, rows, step):
+            edit.module.rows(a, min(a + step, rows))
+    except CannotSplit:
+        return False
+    return True
+
+
+def _bias_operation(module: WeightAdapter, t: float) -> RowOperation:
+    assert module.bias is not None
+    bias, value = module.bias.detach().float(), module.bias_is_value
+
+    def add(out: Tensor, a: int, b: int) -> None:
+        part = bias[a:b].reshape(out.shape)
+        if value:
+            out.lerp_(part, t)
+        else:
+            out.add_(part, alpha=t)
+
+    return add
+
+
+def _generator(seed: int, name: str, row: int) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}:{name}:{row}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def stochastic(exact: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Round to one of the two neighbours with probability proportional to nearness: E[result] = exact.
+
+    exact: fp32. The neighbour of the nearest value on the other side of `exact` is found by stepping its bit pattern,
+    which orders magnitudes in every IEEE-like format.
+    """
+    near = exact.to(dtype)
+    residual = exact - near.float()
+    bits = near.view(torch.int8 if dtype.itemsize == 1 else torch.int16).clone()
+    outward = (residual > 0) == (near.float() >= 0)
+    step = torch.where(outward, 1, -1).to(bits.dtype)
+    zero = near.float() == 0
+    other = (bits + step).view(dtype)
+    smallest = torch.ones((), dtype=bits.dtype).view(dtype).float()
+    other_value = torch.where(zero, torch.copysign(smallest, residual), other.float())
+    gap = (other_value - near.float()).abs()
+    chance = torch.where(gap > 0, residual.abs() / gap, 0.0)
+    take = torch.rand(exact.shape, generator=generator) < chance
+    take &= torch.isfinite(other_value) & (residual != 0)
+    return torch.where(take, other_value, near.float()).to(dtype)
+
+
+class Pipeline:
+    """Renders targets on a thread of its own, in the order they will be written, a bounded number of tiles ahead."""
+
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        settings: Settings,
+        progress: Callable[[Target], None] | None = None,
+    ) -> None:
+        self.targets = list(targets)
+        self.settings = settings
+        self.survival: dict[str, Survival] = {}
+        self.progress = progress
+        self._queue: queue.Queue[tuple[str, Tensor | BaseException | None]] = queue.Queue(
+            max(2, QUEUE_BYTES // (TILE * 4))
+        )
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Pipeline:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        while self._thread.is_alive():
+            try:
+                self._queue.get(timeout=0.05)
+            except queue.Empty:
+                continue
+        self._thread.join()
+
+    def chunks(self, name: str) -> Iterator[Tensor]:
+        """The tiles of one target; targets have to be asked for in the order given."""
+        while True:
+            of, item = self._queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            if of != name:
+                raise RuntimeError(f"tiles of {of!r} where {name!r} was expected")
+            if item is None:
+                return
+            yield item
+
+    def _run(self) -> None:
+        name = ""
+        try:
+            for target in self.targets:
+                name = target.name
+                renderer = Renderer(target, self.settings)
+                total = Survival()
+                for start, stop in spans(target):
+                    tile, survival = renderer.tile(start, stop)
+                    total.add(survival)
+                    if not self._put((name, tile)):
+                        return
+                self.survival[name] = total
+                if self.progress is not None:
+                    self.progress(target)
+                self._put((name, None))
+        except BaseException as error:
+            self._put((name, error))
+
+    def _put(self, item: tuple[str, Tensor | BaseException | None]) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
