@@ -1,4 +1,4 @@
-"""Surgery on model adapters and checkpoints: inspect, convert, and more, on the files themselves."""
+"""Surgery on model adapters and checkpoints, on the files themselves."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from peftsurgery.codec import save_adapter as save_adapter
     from peftsurgery.operations.convert import convert as convert
     from peftsurgery.operations.inspect import inspect as inspect
+    from peftsurgery.operations.merge import merge as merge
 
 _HOMES = {
     "Adapter": "peftsurgery.adapter",
@@ -23,6 +24,7 @@ _HOMES = {
     "convert": "peftsurgery.operations.convert",
     "inspect": "peftsurgery.operations.inspect",
     "load_adapter": "peftsurgery.codec",
+    "merge": "peftsurgery.operations.merge",
     "open_checkpoint": "peftsurgery.checkpoint",
     "save_adapter": "peftsurgery.codec",
 }

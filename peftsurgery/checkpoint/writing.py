@@ -178,6 +178,7 @@ class Staging:
         try:
             fd = os.open(temporary, flags | getattr(os, "O_BINARY", 0), 0o666)
         except OSError as error:
+            self._files.pop()  # not ours, if it is there
             raise UsageError(f"{target}: cannot be written: {error.strerror}") from error
         try:
             yield fd

@@ -9,6 +9,7 @@ from peftsurgery.cli.group import LazyGroup
 COMMANDS = {  # name (its module in this package, dashes as underscores): first line of its help
     "inspect": "Say what a file or folder is and what every key in it means.",
     "convert": "Rewrite an adapter in another layout, exactly.",
+    "merge": "Fold adapters into a base checkpoint, streamed and proved.",
 }
 
 

@@ -80,7 +80,7 @@ class BaseWeights:
         readers += [
             ("", denoiser(self.architecture), c) for c in denoiser(self.architecture).columns
         ]
-        return sorted(dict.fromkeys(readers), key=lambda reader: -len(reader[0]))
+        return sorted(readers, key=lambda reader: -len(reader[0]))
 
     def modules(self) -> dict[str, list[str]]:
         """Component -> its home module paths, for restoring flattened names."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from peftsurgery import architectures
 from peftsurgery.architectures import Architecture, Component, Site
 from peftsurgery.codec.keys import HeaderTensor, Parsed, Record, rank_and_shape, repaired
-from peftsurgery.errors import UsageError, nearest
+from peftsurgery.errors import UnsupportedError, UsageError, nearest
 from peftsurgery.layouts import LAYOUTS, Layout
 
 PEFT_PREFIX = "base_model.model."
@@ -400,12 +400,13 @@ def _prefix_fits(
 ) -> bool:
     if layout.container != "flat":
         return True
-    component = explanation.architecture.components[placement.component]
-    return module.startswith(prefix_of(layout, component))
+    component = explanation.architecture.components.get(placement.component)
+    prefix = None if component is None else find_prefix(layout, component)
+    return prefix is not None and module.startswith(prefix)
 
 
-def prefix_of(layout: Layout, component: Component) -> str:
-    """What `layout` puts before a module name of `component` (separator included)."""
+def find_prefix(layout: Layout, component: Component) -> str | None:
+    """What `layout` puts before a module name of `component`, separator included; None when it has no place for it."""
     if layout.container == "bare":
         return ""
     if layout.container == "peft":
@@ -417,10 +418,15 @@ def prefix_of(layout: Layout, component: Component) -> str:
     if family == "lycoris":
         return "lycoris" + separator
     known = component.prefixes.get(family, ())
-    if not known:
-        from peftsurgery.errors import UnsupportedError
+    return known[0] + separator if known else None
 
+
+def prefix_of(layout: Layout, component: Component) -> str:
+    """`find_prefix`, or UnsupportedError."""
+    prefix = find_prefix(layout, component)
+    if prefix is None:
         raise UnsupportedError(
-            f"the layout {layout.name!r} has no prefix for the component {component.name!r} of this architecture."
+            f"the layout {layout.name!r} has no prefix for the component {component.name!r} of this "
+            "architecture."
         )
-    return known[0] + separator
+    return prefix

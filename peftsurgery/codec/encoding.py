@@ -61,6 +61,7 @@ class Encoder:
         self.written: dict[str, dict[str, WeightAdapter]] = {}  # component -> name -> adapter
         self.refusals: list[tuple[str, str, str | None]] = []  # module, reason, remedy
         self.findings: list[Finding] = []
+        self.in_folders = layout.alpha == "config" and len(adapter.components) > 1
 
     def run(self) -> Encoded:
         """See `encode`."""
@@ -190,7 +191,7 @@ class Encoder:
         if layout.text_encoder_dialect and not is_denoiser(component.name):
             dialect = layout.text_encoder_dialect
         name = self._name(component, site.name)
-        part = component.name if self._in_folders() else ""
+        part = component.name if self.in_folders else ""
         target = self.out.setdefault(part, {})
         for suffix, tensor in self._suffixes(dialect, component, site, module).items():
             key = suffix if suffix.startswith("=") else f"{name}{dialect.joint}{suffix}"
@@ -202,9 +203,6 @@ class Encoder:
             target[key] = tensor
             self.sources[f"{part}/{key}" if part else key] = paths
         self.written.setdefault(component.name, {})[site.name] = module
-
-    def _in_folders(self) -> bool:
-        return self.layout.alpha == "config" and len(self.adapter.components) > 1
 
     def _name(self, component: Component, dotted: str) -> str:
         if self.layout.spelling:
@@ -393,7 +391,7 @@ class Encoder:
         metadata["format"] = "pt"
         if self.layout.alpha == "config":
             encoded.configs = {
-                (component if self._in_folders() else ""): peft_config.build(
+                (component if self.in_folders else ""): peft_config.build(
                     modules, self.adapter, component
                 )
                 for component, modules in self.written.items()

@@ -185,12 +185,12 @@ class Renderer:
 
     def _round(self, exact: Tensor, start: int) -> Tensor:
         if self.settings.rounding == "nearest" or self.dtype == torch.float32:
-            return exact.to(self.dtype)
+            return exact.to(self.dtype, copy=True)  # the scratch is reused
         return stochastic(exact, self.dtype, _generator(self.settings.seed, self.target.name, start))
 
     def _survival(self, exact: Tensor, before: Tensor, written: Tensor) -> Survival:
         delta = (exact - before).reshape(-1)
-        kept = written.float().reshape(-1).sub_(before.reshape(-1))
+        kept = torch.sub(written.reshape(-1), before.reshape(-1))
         inner, total = float(torch.dot(kept, delta)), float(torch.dot(delta, delta))
         if not (inner == inner and total == total and abs(inner) != float("inf")):
             raise CheckFailed(

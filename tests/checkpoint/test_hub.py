@@ -66,7 +66,7 @@ def test_malformed_or_escaping(source):
 
 
 def lay_out(cache: Path, files: dict[str, Path], repo: str = "owner/repo") -> Path:
-    """The files of a repository as huggingface_hub keeps them: blobs, and links from the snapshot."""
+    """The files of a repository as huggingface_hub keeps them: blobs, links from the snapshot."""
     root = cache / f"models--{repo.replace('/', '--')}"
     (root / "refs").mkdir(parents=True)
     (root / "refs/main").write_text(COMMIT)

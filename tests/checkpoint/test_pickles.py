@@ -213,7 +213,7 @@ def tensor_pickle(
     strides: tuple[int, ...] = (1,),
     extra: tuple[object, ...] = (),
 ) -> bytes:
-    """data.pkl of {name: one float tensor} with the numbers given, whether they make sense or not."""
+    """data.pkl of {name: one float tensor} with the numbers given, sensible or not."""
 
     class Pickler(pickle._Pickler):  # pyright: ignore[reportAttributeAccessIssue]
         def persistent_id(self, obj: object) -> object:

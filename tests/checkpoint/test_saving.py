@@ -340,6 +340,22 @@ def test_failure_while_renaming_shards_undoes_the_first(tmp_path):
     assert list(tmp_path.iterdir()) == [last]
 
 
+@pytest.mark.parametrize("planted", ["file", "link"])
+def test_a_planted_temporary_file_is_neither_followed_nor_removed(tmp_path, monkeypatch, planted):
+    monkeypatch.setattr("secrets.token_hex", lambda n: "guessed")
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    trap = tmp_path / ".a.safetensors.guessed.part"
+    if planted == "link":
+        trap.symlink_to(victim)
+    else:
+        trap.write_bytes(b"planted")
+    with pytest.raises(UsageError, match="cannot be written"):
+        save(tmp_path / "a.safetensors", {"w": torch.zeros(1)})
+    assert victim.read_bytes() == b"precious"
+    assert sorted(tmp_path.iterdir()) == [trap, victim]
+
+
 def test_mode_follows_the_umask_and_is_not_executable(tmp_path):
     before = os.umask(0o027)
     try:

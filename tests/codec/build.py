@@ -137,3 +137,12 @@ def gap(a: np.ndarray, b: np.ndarray) -> float:
     """||a - b|| / max(||a||, ||b||), 0 for two zeros."""
     size = max(float(np.linalg.norm(a)), float(np.linalg.norm(b)))
     return float(np.linalg.norm(a - b)) / size if size else 0.0
+
+
+def probe(module: WeightAdapter, vectors: np.ndarray) -> np.ndarray:
+    """ΔW @ vectors in fp64 without a dense ΔW where the module is a plain LoRA; vectors (i·k, n)."""
+    if isinstance(module, LoRA) and module.mid is None:
+        up = module.up.detach().double().numpy().reshape(module.up.shape[0], -1)
+        down = module.down.detach().double().numpy().reshape(module.down.shape[0], -1)
+        return float(module.scale) * (up @ (down @ vectors))
+    return dense(module) @ vectors

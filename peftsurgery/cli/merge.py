@@ -1,0 +1,109 @@
+"""`peftsurgery merge`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from peftsurgery.cli import options
+from peftsurgery.cli.running import Display
+
+
+@click.command()
+@click.argument("base")
+@click.option(
+    "-a",
+    "--adapter",
+    "adapters",
+    multiple=True,
+    required=True,
+    metavar="ADAPTER[=STRENGTH]",
+    help="Adapter and strength: 0.8, unet:0.8,text_encoder:0.5, or @FILE.json with patterns or "
+    "Kohya block weights (repeatable, in order).",
+)
+@options.output
+@options.architecture
+@click.option(
+    "--relative-to",
+    type=click.Choice(("current", "base")),
+    default="current",
+    show_default=True,
+    help="Compose adapters in order, or add every change relative to the base.",
+)
+@options.dtype
+@click.option(
+    "--rounding",
+    type=click.Choice(("nearest", "stochastic")),
+    default="nearest",
+    show_default=True,
+    help="How results are rounded to the output's number type.",
+)
+@options.seed
+@click.option(
+    "--min-survival",
+    type=click.FloatRange(0, 1),
+    help="Fail when less than this share of the change survives rounding.",
+)
+@click.option(
+    "--verify",
+    type=click.Choice(("sample", "full")),
+    default="sample",
+    show_default=True,
+    help="Recompute one tile of every touched tensor from the written file, or all of them.",
+)
+@click.option(
+    "--undo",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Keep the original bytes of the touched tensors here, for unmerge.",
+)
+@options.overwrite
+@options.dry_run
+@options.allow_pickle
+@options.display
+def merge(
+    base: str,
+    adapters: tuple[str, ...],
+    output: Path,
+    *,
+    architecture: str | None,
+    relative_to: str,
+    dtype: str,
+    rounding: str,
+    seed: int,
+    min_survival: float | None,
+    verify: str,
+    undo: Path | None,
+    overwrite: bool,
+    dry_run: bool,
+    allow_pickle: bool,
+    display: Display,
+) -> None:
+    """Fold adapters into a base checkpoint, streamed and proved.
+
+    BASE is a file, a sharded index, a folder or a hub id; no model code runs. Every module of
+    every adapter lands on a weight of the right shape, or nothing is written.
+    """
+    from peftsurgery.operations.merge import merge as operation
+    from peftsurgery.operations.strengths import parse
+
+    with display.progress("merge") as progress:
+        report = operation(
+            base,
+            [parse(text) for text in adapters],
+            output,
+            architecture=architecture,
+            relative_to=relative_to,
+            dtype=dtype,
+            rounding=rounding,
+            seed=seed,
+            min_survival=min_survival,
+            verify=verify,
+            undo=undo,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            allow_pickle=allow_pickle,
+            progress=progress,
+        )
+    display.finish(report)
