@@ -159,6 +159,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "diffusers, dotted down/up",
         "component",
         DOTTED,
+        alpha="none",  # diffusers refuses UNet files with alpha tensors
         text_encoder_dialect=LINEAR_LAYER,
         readers="diffusers, ComfyUI, SimpleTuner",
     ),

@@ -190,6 +190,7 @@ class Encoder:
         dialect = layout.dialect
         if layout.text_encoder_dialect and not is_denoiser(component.name):
             dialect = layout.text_encoder_dialect
+        module = self._folded(module)
         name = self._name(component, site.name)
         part = component.name if self.in_folders else ""
         target = self.out.setdefault(part, {})
@@ -203,6 +204,13 @@ class Encoder:
             target[key] = tensor
             self.sources[f"{part}/{key}" if part else key] = paths
         self.written.setdefault(component.name, {})[site.name] = module
+
+    def _folded(self, module: WeightAdapter) -> WeightAdapter:
+        if self.fold and module.algorithm in ("lora", "loha", "lokr"):
+            return fold_scale(module)
+        if isinstance(module, LoKr) and module.rank is None and self.layout.alpha == "tensor":
+            return fold_scale(module)  # LyCORIS ignores alpha when both factors are full
+        return module
 
     def _name(self, component: Component, dotted: str) -> str:
         if self.layout.spelling:
@@ -220,10 +228,6 @@ class Encoder:
     def _suffixes(
         self, dialect: Dialect, component: Component, site: Site, module: WeightAdapter
     ) -> dict[str, torch.Tensor]:
-        if self.fold and module.algorithm in ("lora", "loha", "lokr"):
-            module = fold_scale(module)
-        elif isinstance(module, LoKr) and module.rank is None and self.layout.alpha == "tensor":
-            module = fold_scale(module)  # LyCORIS ignores alpha when both factors are full
         fields = self._fields(dialect, module)
         own = module.tensors()
         result: dict[str, torch.Tensor] = {}

@@ -38,7 +38,7 @@ def build(
     modules: dotted path -> adapter. Raises UnsupportedError when no single PEFT config can say it: several algorithms,
     DoRA on some modules only, LoKr factors that PEFT's factorisation rule would not produce.
     """
-    trained = {p: m for p, m in modules.items() if m.algorithm in ("lora", "loha", "lokr")}
+    trained = {tail(p): m for p, m in modules.items() if m.algorithm in ("lora", "loha", "lokr")}
     values = {p: m for p, m in modules.items() if m.algorithm == "set"}
     kinds = {m.algorithm for m in trained.values()}
     if len(kinds) != 1:
@@ -83,6 +83,15 @@ def modules_same_names(source: Mapping[str, object], modules: Mapping[str, Weigh
     if isinstance(wanted, list) and wanted:
         return all(any(p == t or p.endswith(f".{t}") for t in wanted) for p in modules)
     return False
+
+
+def tail(path: str) -> str:
+    """The part of a module path that patterns and targets name.
+
+    PEFT matches both on the end of a path, and CLIPTextModel has lost its `text_model` level in transformers 5.6: without
+    it they hold for either.
+    """
+    return path.removeprefix("text_model.")
 
 
 def targets(modules: Mapping[str, WeightAdapter]) -> list[str] | str:
@@ -182,12 +191,12 @@ def diffusers_metadata(
     """
     packed: dict[str, object] = {}
     for component, modules in written.items():
-        trained = {p: m for p, m in modules.items() if isinstance(m, LoRA)}
+        trained = {tail(p): m for p, m in modules.items() if isinstance(m, LoRA)}
         if not trained:
             continue
         for name, value in _ranks(trained, "lora", rslora=False).items():
             packed[f"{component}.{name}"] = value
-        packed[f"{component}.target_modules"] = sorted(trained)
+        packed[f"{component}.target_modules"] = targets(trained)
         packed[f"{component}.use_dora"] = any(m.magnitude is not None for m in trained.values())
         packed[f"{component}.lora_bias"] = any(m.bias is not None for m in trained.values())
         packed[f"{component}.bias"] = "none"

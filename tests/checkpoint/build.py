@@ -10,6 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
+
+from peftsurgery.checkpoint import Checkpoint, Limits, open_checkpoint
+from peftsurgery.errors import UnsafeInputError
 
 
 def raw_file(header: object, payload: bytes = b"") -> bytes:
@@ -48,3 +53,27 @@ def rezip(path: Path, changes: Mapping[str, bytes | None], **options: int) -> Pa
             archive.writestr(name, data)
     path.write_bytes(target.getvalue())
     return path
+
+
+def opened(path: Path, **limits: int) -> Checkpoint:
+    """A pickle, allowed."""
+    return open_checkpoint(path, allow_pickle=True, limits=Limits(**limits))
+
+
+def saved(path: Path, value: object) -> Path:
+    """What torch.save writes."""
+    torch.save(value, path)
+    return path
+
+
+def refusal(path: Path, **limits: int) -> str:
+    """Why a pickle is refused although pickles are allowed."""
+    with pytest.raises(UnsafeInputError) as caught:
+        opened(path, **limits)
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+def root(path: Path) -> str:
+    """The one folder inside a torch zip."""
+    return zipfile.ZipFile(path).namelist()[0].split("/")[0]
