@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from peftsurgery.checkpoint.dtypes import BITS
 from peftsurgery.checkpoint.header import name_problem, shape_problem
@@ -20,6 +19,7 @@ from peftsurgery.checkpoint.writing import Deferred, Sink, Staging, buffers, dty
 from peftsurgery.errors import CheckFailed, UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", re.IGNORECASE)
@@ -34,7 +34,7 @@ class _Entry:
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=object)) * BITS[self.dtype] // 8
+        return math.prod(self.shape) * BITS[self.dtype] // 8
 
 
 def save(
@@ -139,7 +139,7 @@ def _entry(name: str, value: object) -> _Entry:
         raise UsageError(f"cannot save {shown(str(name))}: {problem}")
     dtype, shape = dtype_and_shape(value, name)
     problem = shape_problem(shape)
-    if problem or int(np.prod(shape, dtype=object)) * BITS[dtype] % 8:
+    if problem or math.prod(shape) * BITS[dtype] % 8:
         raise UsageError(
             f"cannot save {shown(name)}: {problem or 'it does not end on a whole byte'}"
         )

@@ -172,7 +172,7 @@ class LazyTensor:
         if self.nbytes == 0:
             return torch.empty(shape, dtype=dtype)
         buffer = self.read()
-        if np.frombuffer(buffer, dtype=np.uint8).ctypes.data % max(BITS[self.dtype] // 8, 1):
+        if self.begin % max(BITS[self.dtype] // 8, 1):  # the map begins on a page
             buffer = bytearray(buffer)
         return torch.frombuffer(buffer, dtype=dtype).reshape(shape)
 

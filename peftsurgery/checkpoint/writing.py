@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 Buffer = bytes | bytearray | memoryview | np.ndarray
-_SMALL = 1 << 20  # below this, bytes are gathered before they are written
+_SMALL = 1 << 16  # below this, bytes are gathered before they are written
 _COPY_STEP = 1 << 28
 
 
@@ -41,7 +42,7 @@ class Deferred:
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=object)) * BITS[self.dtype] // 8
+        return math.prod(self.shape) * BITS[self.dtype] // 8
 
 
 def dtype_and_shape(value: object, name: str) -> tuple[str, tuple[int, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,18 +10,42 @@ import torch
 from peftsurgery.adapter import members
 from peftsurgery.architectures import Architecture, Component, TensorSite
 from peftsurgery.checkpoint import Checkpoint, LazyTensor
+from peftsurgery.codec import experts
 from peftsurgery.codec.detect import denoiser
 from peftsurgery.errors import UnsupportedError, UsageError, nearest
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One home tensor inside a checkpoint: the stored tensor, its site, and which part of it."""
+    """One home tensor inside a checkpoint: the stored tensor, its site, and which rows of it.
+
+    Rows are counted with the first `lead` dimensions taken together: 2 for one expert of a stacked (E, a, b) tensor.
+    """
 
     name: str
     tensor: LazyTensor
     site: TensorSite
     part: int
+    lead: int = 1
+    span: tuple[int, int] | None = None  # rows, where the site does not tell them
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Rows [start, stop) of the stored tensor that are this home tensor."""
+        if self.span is not None:
+            return self.span
+        count = self.tensor.shape[0] if self.tensor.shape else 1
+        if len(self.site.parts) == 1:
+            return 0, count
+        return self.site.row_ranges(count)[self.part]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the home tensor."""
+        if self.site.operator == "transpose":
+            return tuple(self.tensor.shape[::-1])
+        start, stop = self.rows
+        return (stop - start, *self.tensor.shape[self.lead :]) if self.tensor.shape else ()
 
     def load(self) -> torch.Tensor:
         """The home tensor, row operator undone; rows of a fused tensor are read without the rest."""
@@ -30,10 +55,23 @@ class Stored:
             return torch.cat([value[half:], value[:half]])
         if self.site.operator == "transpose":
             return self.tensor.torch().T
-        if len(self.site.parts) == 1:
+        if self.span is None and len(self.site.parts) == 1:
             return self.tensor.torch()
-        start, stop = self.site.row_ranges(self.tensor.shape[0])[self.part]
-        return self.tensor.rows(start, stop).torch()
+        start, stop = self.rows
+        return flat_rows(self.tensor, self.lead).rows(start, stop).torch()
+
+
+def flat_rows(tensor: LazyTensor, lead: int) -> LazyTensor:
+    """The same bytes with the first `lead` dimensions taken as one. Raises UnsupportedError for a tensor of a pickle."""
+    if lead == 1:
+        return tensor
+    span = tensor.file_range()
+    if span is None:
+        raise UnsupportedError(
+            f"{tensor.path}: {tensor.name!r}: a stacked tensor inside a pickle; convert the checkpoint to safetensors first."
+        )
+    shape = (math.prod(tensor.shape[:lead]), *tensor.shape[lead:])
+    return LazyTensor(tensor.file, tensor.name, tensor.dtype, shape, *span)
 
 
 class BaseWeights:
@@ -90,9 +128,24 @@ class BaseWeights:
             found.setdefault(component, {})[tensor.rpartition(".")[0]] = None
         return {component: list(names) for component, names in found.items()}
 
+    @property
+    def model_type(self) -> str | None:
+        """`model_type` of config.json, that of the text model inside first."""
+        config = self.checkpoint.config or {}
+        inner = config.get("text_config")
+        name = (inner if isinstance(inner, dict) else config).get("model_type")
+        return name if isinstance(name, str) else None
+
     def find(self, path: str, parameter: str = "weight") -> Stored | None:
-        """The stored tensor of one home module (`component:path`), or None."""
-        return self.stored.get(f"{path}.{parameter}")
+        """The stored tensor of one home module (`component:path`), or None.
+
+        Of a language model with experts, the spellings and the stacked form of transformers 5 are looked through
+        (`codec.experts`).
+        """
+        found = self.stored.get(f"{path}.{parameter}")
+        if found is None and self.architecture.name == "llm":
+            return experts.find(self.stored, path, parameter, self.model_type)
+        return found
 
     def weight(self, path: str, parameter: str = "weight") -> torch.Tensor:
         """The weight of a home module or group, in the home vocabulary's orientation and stored dtype.

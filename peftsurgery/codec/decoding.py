@@ -34,6 +34,9 @@ def decode(
     return Decoder(checkpoint, explanation).run()
 
 
+BASE_COPY = ".base_layer.weight"
+
+
 class Decoder:
     """One decoding: builds the modules of `explanation` from the tensors of `checkpoint`."""
 
@@ -63,6 +66,15 @@ class Decoder:
                 modules[full], origin[full] = adapter, module
                 if record.parameter != "weight" and placement.site.parts == (path,):
                     parameters[full] = record.parameter
+        for key in parsed.carried:
+            if key.endswith(BASE_COPY):
+                self.conventions.once(
+                    "warning",
+                    "base-copy",
+                    "the base's own weight lies beside its adapter (PEFT saves it for embeddings) and is carried as it is",
+                    key,
+                    "merging takes the weight of the base instead; they differ when the vocabulary was resized",
+                )
         layout, deviations = label(
             self.explanation, any("alpha" in r.keys for r in parsed.records.values())
         )
@@ -144,7 +156,11 @@ class Decoder:
             shared["magnitude_axis"] = "out"
         if "bias_scaled" in tensors:
             bias = tensors["bias_scaled"]
-            shared["bias"] = bias if scale == 1.0 else (bias.float() * scale).to(bias.dtype)
+            change = bias if scale == 1.0 else bias.float() * scale
+            if "bias_value" in tensors:  # PEFT's bias="all" with lora_bias: a new value and a change of it
+                change = tensors["bias_value"].float() + change.float()
+                shared["bias_is_value"] = True
+            shared["bias"] = change.to(bias.dtype)
         elif "bias" in tensors:
             shared["bias"] = tensors["bias"]
         elif "bias_value" in tensors:
@@ -198,7 +214,10 @@ def widened(explanation: Explanation, placement: Placement, into: int) -> bool:
 
     FLUX control LoRAs widen img_in without saying so: the base weight is zero-padded.
     """
-    pin = explanation.architecture.pin(placement.component, placement.site.parts[0])
+    architecture = explanation.architecture
+    if not any(pin.widens for pin in architecture.pins):
+        return False
+    pin = architecture.pin(placement.component, placement.site.parts[0])
     return pin is not None and pin.widens and pin.in_ is not None and into > pin.in_
 
 

@@ -199,8 +199,13 @@ def explain(
     tensors: Mapping[str, HeaderTensor],
     architecture: Architecture,
     known: Mapping[str, Iterable[str]] | None = None,
+    *,
+    whole: bool = True,
 ) -> Explanation:
-    """Place every record of `parsed` in `architecture` and check its pinned shapes."""
+    """Place every record of `parsed` in `architecture` and check its pinned shapes.
+
+    whole: go on after the first record that has no place; otherwise that one alone is in `unexplained`.
+    """
     resolver = Resolver(architecture, known)
     explanation = Explanation(architecture, parsed)
     control = "lora_controlnet" in parsed.carried or any(
@@ -210,6 +215,8 @@ def explain(
         placement = resolver.resolve(record, control=control)
         if placement is None:
             explanation.unexplained.append(module)
+            if not whole:
+                break
             continue
         explanation.placements[module] = placement
         if record.algorithm in ("", "set"):
@@ -246,18 +253,26 @@ def detect(
             + (f", first {parsed.unknown[0]!r}" if parsed.unknown else " (the file is empty)")
             + ". Expected LoRA, LoHa, LoKr, full or norm suffixes; a whole checkpoint is not an adapter."
         )
-    attempts: list[Explanation] = []
+    tried: list[Parsed] = []
     stages: list[Parsed] = [parsed]
     for stage in ("wrappers", "doubled"):
         stages.append(repaired(stages[-1], stage))
     for index, candidate in enumerate(stages):
         if index and candidate.repairs == stages[index - 1].repairs:
             continue
-        found = [explain(candidate, tensors, architectures.get(name), known) for name in names]
+        found = [
+            explain(candidate, tensors, architectures.get(name), known, whole=False)
+            for name in names
+        ]
         complete = [e for e in found if e.complete]
         if complete:
             return _decide(complete, source, metadata or {})
-        attempts += found
+        tried.append(candidate)
+    attempts = [
+        explain(candidate, tensors, architectures.get(name), known)
+        for candidate in tried
+        for name in names
+    ]
     raise UsageError(_cannot_explain(source, attempts))
 
 
@@ -346,6 +361,18 @@ def label(explanation: Explanation, alphas: bool) -> tuple[Layout, list[str]]:
         if extra := suffixes - known:
             penalty += 5 * len(extra)
             deviations.append(f"suffixes {', '.join(sorted(extra))}")
+        if alphas != (layout.alpha == "tensor"):
+            penalty += 2
+        if layout.components and {p.component for p in placements.values()} - set(
+            layout.components
+        ):
+            penalty += 50
+        ranked.append((penalty, order, layout, deviations))
+    ranked.sort(key=lambda item: item[:2])
+    judged: list[tuple[int, int, Layout, list[str]]] = []
+    for penalty, order, layout, deviations in ranked:
+        if judged and penalty > min(item[0] for item in judged):
+            break  # looking at every name can only add to it
         wrong = [m for m, p in placements.items() if not _vocabulary_fits(explanation, layout, p)]
         if wrong:
             penalty += 4
@@ -354,14 +381,8 @@ def label(explanation: Explanation, alphas: bool) -> tuple[Layout, list[str]]:
         if prefixed:
             penalty += 8
             deviations.append(f"{len(prefixed)} names with another prefix")
-        if alphas != (layout.alpha == "tensor"):
-            penalty += 2
-        if layout.components and {p.component for p in placements.values()} - set(
-            layout.components
-        ):
-            penalty += 50
-        ranked.append((penalty, order, layout, deviations))
-    _, _, layout, deviations = min(ranked, key=lambda item: item[:2])
+        judged.append((penalty, order, layout, deviations))
+    _, _, layout, deviations = min(judged, key=lambda item: item[:2])
     return layout, deviations
 
 

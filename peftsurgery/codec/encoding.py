@@ -352,7 +352,7 @@ class Encoder:
             if dialect.bias_value is None:
                 raise UnsupportedError(f"{self.layout.title} cannot hold a replaced bias")
             suffix = dialect.bias_value
-            if self.layout.alpha == "config" and module.algorithm != "set":
+            if self.layout.alpha == "config" and module.algorithm in ("lora", "loha", "lokr"):
                 suffix = "base_layer.bias"
             result[suffix] = bias
             return
@@ -374,6 +374,10 @@ class Encoder:
             if control or (key.startswith("bundle_emb.") and self.layout.embeddings):
                 self.out.setdefault("", {})[key] = tensor
                 self.sources[key] = (key,)
+            elif key.endswith(".base_layer.weight") and self.layout.alpha == "config":
+                part, _, name = key.rpartition(":")
+                self.out.setdefault(part if self.in_folders else "", {})[name] = tensor
+                self.sources[f"{part}/{name}" if part else name] = (key,)
             elif key == "lora_controlnet":
                 self.findings.append(
                     Finding(
@@ -384,7 +388,7 @@ class Encoder:
                 self.refusals.append(
                     (
                         key,
-                        f"{self.layout.title} has no place for textual-inversion vectors",
+                        f"{self.layout.title} has no place for {_kind(key)}",
                         f"--drop '{key}' leaves it out on request",
                     )
                 )
@@ -453,6 +457,13 @@ def fold_scale(module: WeightAdapter) -> WeightAdapter:
         return module
     tensor = module.tensors()[name]
     return module.with_tensors(**{name: (tensor.float() * scale).to(tensor.dtype), "scale": 1.0})
+
+
+def _kind(key: str) -> str:
+    """What a carried tensor is, in words."""
+    if key.endswith(".base_layer.weight"):
+        return "a copy of the base's own weight"
+    return "textual-inversion vectors"
 
 
 def _peft_orientation(module: LoRA, dialect: Dialect) -> dict[str, torch.Tensor]:

@@ -60,6 +60,7 @@ UNSUPPORTED: tuple[tuple[str, str], ...] = (
     (r"(bias_indices|bias_values|bias_size)", "sparse bias (LyCORIS extraction)"),
 )
 _UNSUPPORTED = [(re.compile(rf"(?:^|\.)(?:{pattern})$"), name) for pattern, name in UNSUPPORTED]
+_ANY_UNSUPPORTED = re.compile(rf"(?:^|\.)(?:{'|'.join(f'(?:{p})' for p, _ in UNSUPPORTED)})$")
 
 # read besides what the layouts write
 _EXTRA_SUFFIXES: dict[str, tuple[str, str]] = {
@@ -68,7 +69,7 @@ _EXTRA_SUFFIXES: dict[str, tuple[str, str]] = {
     "lora_embedding_A": ("lora", "embedding_A"),
     "lora_embedding_B": ("lora", "embedding_B"),
     "lora_magnitude_vector.weight": (ANY, "magnitude_out"),
-    "base_layer.weight": ("set", "weight"),
+    "base_layer.weight": (ANY, "base_weight"),
     "base_layer.bias": (ANY, "bias_value"),
     "bias.set_weight": (ANY, "bias_value"),
 }
@@ -155,6 +156,8 @@ def split(key: str) -> tuple[str, str, str, str] | None:
 
 def unsupported_algorithm(key: str) -> str | None:
     """The name of the algorithm whose suffix `key` has, when it is one this version does not handle."""
+    if _ANY_UNSUPPORTED.search(key) is None:  # one search for the usual key instead of forty
+        return None
     return next((name for pattern, name in _UNSUPPORTED if pattern.search(key)), None)
 
 
@@ -201,7 +204,20 @@ def parse(keys: Iterable[str], source: str = "") -> Parsed:
             "Save one adapter per file (PEFT: save_pretrained(selected_adapters=[…]))."
         )
     parsed.adapter_name = next(iter(names), None)
+    _base_copies(parsed)
     return parsed
+
+
+def _base_copies(parsed: Parsed) -> None:
+    """PEFT saves an adapted embedding's own weight beside its LoRA: carried. Alone it is the module's new value."""
+    for record in parsed.records.values():
+        if (key := record.keys.pop("base_weight", None)) is None:
+            continue
+        if record.keys:
+            parsed.carried.append(key)
+            record.suffixes.discard("base_layer.weight")
+        else:
+            record.algorithm, record.keys = "set", {"weight": key}
 
 
 def _add(parsed: Parsed, key: str, module: str, algorithm: str, name: str, suffix: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from peftsurgery.adapter import Adapter
 from peftsurgery.algorithms import LoKr, LoRA, WeightAdapter
@@ -56,7 +56,7 @@ def build(
         **{name: source[name] for name in CARRIED if name in source},
     }
     if not modules_same_names(source, trained):
-        config["target_modules"] = targets(trained)
+        config["target_modules"] = targets([p for p in modules if tail(p) in trained])
     else:
         config["target_modules"] = source["target_modules"]
     if values:
@@ -94,16 +94,18 @@ def tail(path: str) -> str:
     return path.removeprefix("text_model.")
 
 
-def targets(modules: Mapping[str, WeightAdapter]) -> list[str] | str:
+def targets(modules: Collection[str]) -> list[str] | str:
     """target_modules that selects exactly `modules`.
 
     PEFT selects a list by suffix, so a top-level name would also catch namesakes deeper in the model (`proj_out` in
-    `blocks.0.proj_out`); then a regular expression is written, which PEFT matches whole.
+    `blocks.0.proj_out`); then a regular expression is written, which PEFT matches whole. `text_model` may be missing
+    in the model (see `tail`).
     """
-    names = sorted(modules)
-    if any("." not in name for name in names):
-        return "|".join(re.escape(name) for name in names)
-    return names
+    names = sorted(tail(name) for name in modules)
+    if all("." in name for name in names):
+        return names
+    level = r"(?:text_model\.)?" if any(name != tail(name) for name in modules) else ""
+    return "|".join((level if "." in name else "") + re.escape(name) for name in names)
 
 
 def _ranks(modules: Mapping[str, WeightAdapter], kind: str, *, rslora: bool) -> dict[str, object]:
@@ -127,9 +129,21 @@ def _ranks(modules: Mapping[str, WeightAdapter], kind: str, *, rslora: bool) -> 
 
 
 def full_rank(module: WeightAdapter) -> int:
-    """The smallest r at which PEFT keeps both LoKr factors full: max(b, d) of w2 `[b, d, …]`."""
-    w2 = module.tensors()["w2"]
-    return int(max(w2.shape[:2]))
+    """The r at which PEFT keeps both LoKr factors full, whatever decompose_both says: the largest of a, b, c and d."""
+    assert isinstance(module, LoKr)
+    return max(block_shape(module))
+
+
+def block_shape(module: LoKr) -> tuple[int, int, int, int]:
+    """(a, b, c, d) of W1 `[a, c]` ⊗ W2 `[b, d, …]`."""
+    own = module.tensors()
+    a = (own["w1"] if "w1" in own else own["w1_a"]).shape[0]
+    c = (own["w1"] if "w1" in own else own["w1_b"]).shape[1]
+    if "w2" in own:
+        b, d = own["w2"].shape[:2]
+    else:  # a convolution's w2_b runs over the kernel too
+        b, d = own["w2_a"].shape[1 if "t2" in own else 0], module.shape[1] // c
+    return a, b, c, d
 
 
 def _lora_flags(config: dict[str, object], modules: Mapping[str, WeightAdapter]) -> None:
@@ -161,12 +175,34 @@ def _product_flags(
         return
     lokr = {p: m for p, m in modules.items() if isinstance(m, LoKr)}
     config["decompose_both"] = any("w1_a" in m.tensors() for m in lokr.values())
-    config["decompose_factor"] = source.get("decompose_factor", _factor(lokr))
+    factor = source.get("decompose_factor")
+    config["decompose_factor"] = factor if isinstance(factor, int) else _factor(lokr)
+    _check_lokr(config, lokr)
+
+
+def _check_lokr(config: Mapping[str, object], modules: Mapping[str, LoKr]) -> None:
+    """PEFT decides by r which factors are full (`tuners/lokr/layer.py`); the file must agree with it."""
+    ranks = config["rank_pattern"]
+    assert isinstance(ranks, dict)
+    for path, module in modules.items():
+        a, b, c, d = block_shape(module)
+        r = ranks.get(path, ranks.get("^" + path, config["r"]))
+        own = module.tensors()
+        full = {
+            "w1": not (config["decompose_both"] and r < max(a, c) / 2),
+            "w2": r >= max(b, d) / 2,
+        }
+        for name, expected in full.items():
+            if (name in own) != expected:
+                raise UnsupportedError(
+                    f"{path!r}: PEFT wants lokr_{name} {'whole' if expected else 'factored'} at r = {r}, and it is "
+                    f"{'whole' if name in own else 'factored'} here. --algorithm lora rewrites it as a LoRA."
+                )
 
 
 def _factor(modules: Mapping[str, LoKr]) -> int:
     """The decompose_factor under which PEFT's rule gives the shapes of every module."""
-    shapes = {path: m.block_shape for path, m in modules.items()}
+    shapes = {path: block_shape(m) for path, m in modules.items()}
     candidates = [-1, *(n for n, _ in Counter(a for (a, _, _, _) in shapes.values()).most_common())]
     candidates += [c for (_, _, c, _) in shapes.values()]
     for factor in dict.fromkeys(candidates):
@@ -196,7 +232,7 @@ def diffusers_metadata(
             continue
         for name, value in _ranks(trained, "lora", rslora=False).items():
             packed[f"{component}.{name}"] = value
-        packed[f"{component}.target_modules"] = targets(trained)
+        packed[f"{component}.target_modules"] = targets([p for p in modules if tail(p) in trained])
         packed[f"{component}.use_dora"] = any(m.magnitude is not None for m in trained.values())
         packed[f"{component}.lora_bias"] = any(m.bias is not None for m in trained.values())
         packed[f"{component}.bias"] = "none"

@@ -13,6 +13,7 @@ import re
 import struct
 from collections import Counter
 from collections.abc import Mapping
+from functools import lru_cache
 
 from peftsurgery.errors import Finding, UsageError
 
@@ -29,6 +30,7 @@ def scale_of(alpha: float | None, rank: int | None) -> float:
     return 1.0 if alpha is None or rank is None else float32(alpha / rank)
 
 
+@lru_cache(maxsize=1024)
 def alpha_of(scale: float, rank: int, *, rslora: bool = False) -> float:
     """The alpha to write so that reading it back gives exactly `scale` in fp32.
 

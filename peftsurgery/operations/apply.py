@@ -90,16 +90,20 @@ class Renderer:
 
     def tile(self, start: int, stop: int) -> tuple[Tensor, Survival]:
         """Rows [start, stop) rounded to the output dtype, and what survived. Raises CheckFailed on NaN or Inf."""
-        if self.whole is not None and self.base is not None:
-            exact, before = self.whole[start:stop], self.base[start:stop]
-        else:
-            exact, before = self._scratch[: stop - start], self._before[: stop - start]
-            before.copy_(self._load(start, stop))
-            exact.copy_(before)
-            for edit, operation in self.operations:
-                self._apply(edit, operation, exact, before, start, stop)
+        exact, before = self.exact(start, stop)
         written = self._round(exact, start)
         return written, self._survival(exact, before, written)
+
+    def exact(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Rows [start, stop) of the result and of the base in fp32, (rows, columns); the next call reuses the memory."""
+        if self.whole is not None and self.base is not None:
+            return self.whole[start:stop], self.base[start:stop]
+        exact, before = self._scratch[: stop - start], self._before[: stop - start]
+        before.copy_(self._load(start, stop))
+        exact.copy_(before)
+        for edit, operation in self.operations:
+            self._apply(edit, operation, exact, before, start, stop)
+        return exact, before
 
     def _apply(
         self, edit: Edit, operation: RowOperation, out: Tensor, before: Tensor, start: int, stop: int

@@ -28,6 +28,8 @@ from peftsurgery.checkpoint import (
     save,
     serialized_header,
 )
+from peftsurgery.checkpoint.folders import is_index
+from peftsurgery.checkpoint.pickles import is_pickle_name
 from peftsurgery.checkpoint.writing import as_bytes
 from peftsurgery.codec import BaseWeights, decode, open_adapter
 from peftsurgery.codec.explaining import explain_checkpoint
@@ -41,8 +43,10 @@ from peftsurgery.operations.apply import (
     output_dtype,
     spans,
 )
+from peftsurgery.operations.journal import refuse_pending
 from peftsurgery.operations.plan import MergePlan, Target, plan_merge
 from peftsurgery.operations.strengths import Strength
+from peftsurgery.operations.undo import Merge, identity, write_undo
 from peftsurgery.reports import Progress, Report
 
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
@@ -71,8 +75,9 @@ class Inputs:
 def merge(
     base: str | Path,
     adapters: Sequence[tuple[str | Path | Adapter, float | Strength]],
-    dst: str | Path,
+    dst: str | Path | None = None,
     *,
+    in_place: bool = False,
     architecture: str | None = None,
     relative_to: str = "current",
     dtype: str = "keep",
@@ -90,31 +95,55 @@ def merge(
 
     relative_to: "current" composes in order, "base" adds every adapter's change of the base itself. verify: "sample"
     recomputes one tile of every touched tensor from the written file, "full" all of them; untouched tensors are always
-    compared byte by byte. undo: a file that will hold the original bytes of the touched tensors, for `unmerge`.
+    compared byte by byte. undo: a file that will hold the original bytes of the touched tensors, for `unmerge`. in_place:
+    no `dst`; the touched tensors are overwritten in the base itself under a journal (see `merge_in_place`).
 
     Raises CheckFailed when a module does not land, when survival is below `min_survival` or when the written file is not
     what was planned; UsageError, UnsupportedError and UnsafeInputError as the readers do. Nothing is written then.
     """
     settings = _settings(relative_to, dtype, rounding, seed, verify)
-    dst = Path(dst)
-    inputs = open_inputs(base, adapters, architecture=architecture, allow_pickle=allow_pickle)
+    if in_place == (dst is not None):
+        raise UsageError("a merge is written either to an output (-o DST) or --in-place; give one of the two.")
+    inputs = open_inputs(
+        base, adapters, architecture=architecture, allow_pickle=allow_pickle, unfinished=in_place
+    )
     checkpoint = inputs.base.checkpoint
-    _check_output(checkpoint, dst, overwrite)
     report = MergeReport("merge")
-    _describe(report, inputs, settings, dst)
+    if undo is not None:
+        others = [str(base), *inputs.names, *([str(dst)] if dst else [])]
+        _check_undo(Path(undo), others, overwrite or in_place)
+    if dst is None:
+        from peftsurgery.operations.in_place import merge_in_place
+
+        return merge_in_place(
+            report,
+            inputs,
+            settings,
+            undo=Path(undo) if undo is not None else None,
+            replace_undo=overwrite,
+            min_survival=min_survival,
+            full=verify == "full",
+            dry_run=dry_run,
+            progress=progress,
+        )
+    dst = Path(dst)
+    _check_output(checkpoint, dst, overwrite)
+    describe(report, inputs, settings)
     if dry_run:
         report.summary["written"] = "nothing (--dry-run)"
-        report.tables["plan"] = _plan_rows(inputs.plan, settings)
+        report.tables["plan"] = plan_rows(inputs.plan, settings)
         return report
     with _staged(dst, folder=checkpoint.path.is_dir() or checkpoint.kind == "sharded") as staged:
         survival = _write(inputs, settings, staged, progress)
-        _report_survival(report, survival, min_survival)
+        report_survival(report, survival, min_survival)
         _prove(inputs, settings, staged, full=verify == "full")
         report.summary["check"] = (
             f"reopened: {len(survival)} touched tensors recomputed ({verify}), the others equal byte by byte"
         )
         if undo is not None:
-            report.outputs.extend(str(p) for p in write_undo(inputs, Path(undo), overwrite))
+            kept = _write_undo(inputs, settings, staged, Path(undo), overwrite)
+            report.summary["undo file bytes"] = Path(undo).stat().st_size
+            report.outputs.extend(str(path) for path in kept)
         report.outputs.extend(str(path) for path in publish(staged, dst, overwrite=overwrite))
     return report
 
@@ -125,11 +154,17 @@ def open_inputs(
     *,
     architecture: str | None = None,
     allow_pickle: bool = False,
+    unfinished: bool = False,
 ) -> Inputs:
-    """Open and decode everything and place every module on the base; see `plan_merge` for what it refuses."""
+    """Open and decode everything and place every module on the base; see `plan_merge` for what it refuses.
+
+    unfinished: accept a base whose merge in place was interrupted; otherwise it is refused.
+    """
     if not adapters:
         raise UsageError("no adapter given. Pass at least one with -a ADAPTER[=STRENGTH].")
     checkpoint = open_checkpoint(base, allow_pickle=allow_pickle)
+    if not unfinished:
+        refuse_pending(checkpoint)
     opened: list[tuple[str, Adapter | Checkpoint]] = []
     for source, _ in adapters:
         if isinstance(source, Adapter):
@@ -384,16 +419,44 @@ def _rewrite_index(source: Path, target: Path) -> None:
     target.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def write_undo(inputs: Inputs, path: Path, overwrite: bool) -> tuple[Path, ...]:
-    """Original bytes of every touched tensor, under their stored names; the metadata says which base they are of."""
+def _check_undo(undo: Path, others: Sequence[str], overwrite: bool) -> None:
+    """Refuse an undo file that cannot be written, before the work is done."""
+    if undo.resolve() in {Path(other).resolve() for other in others}:
+        raise UsageError(f"--undo {undo}: is an input or the output of this merge; give another name.")
+    if undo.exists() and not overwrite:
+        raise UsageError(f"--undo {undo}: exists. Pass --overwrite to replace it.")
+    if is_pickle_name(undo.name) or is_index(undo.name):
+        raise UsageError(f"--undo {undo}: is a safetensors file; give it a name that says so.")
+    if not undo.parent.is_dir():
+        raise UsageError(f"--undo {undo}: the folder {undo.parent} does not exist; make it first.")
+
+
+def _write_undo(
+    inputs: Inputs, settings: Settings, staged: Path, path: Path, overwrite: bool
+) -> tuple[Path, ...]:
+    """Originals of all tensors that the written checkpoint does not hold as they were."""
     base = inputs.base.checkpoint
-    tensors = {name.replace(":", "/"): base[name] for name in inputs.plan.targets}
-    metadata = {
-        "peftsurgery.operation": "undo",
-        "peftsurgery.version": __version__,
-        "peftsurgery.base": Path(base.source).name,
-    }
-    return save(path, tensors, metadata, overwrite=overwrite)
+    written = open_checkpoint(_entry(base, staged))
+    changed = [
+        name
+        for name, tensor in base.items()
+        if name in inputs.plan.targets
+        or name not in written
+        or (written[name].dtype, tuple(written[name].shape)) != (tensor.dtype, tuple(tensor.shape))
+    ]
+    return write_undo(
+        path, base, changed, merge_words(inputs, settings), merged=staged, overwrite=overwrite
+    )
+
+
+def merge_words(inputs: Inputs, settings: Settings, *, in_place: bool = False) -> Merge:
+    """What an undo file says about the merge it undoes."""
+    adapters = " ".join(
+        f"{name}={strength}"
+        for name, (_, strength) in zip(inputs.names, inputs.adapters, strict=True)
+    )
+    options = f"relative-to={settings.relative_to} rounding={settings.rounding} seed={settings.seed}"
+    return Merge(identity(inputs.plan, settings), adapters, options, in_place)
 
 
 # the proof ----------------------------------------------------------------------------------------
@@ -431,16 +494,24 @@ def differences(
             if not _equal(base[name], written[name], settings):
                 problems.append(f"{name!r} (untouched, but its bytes changed)")
             continue
-        renderer = Renderer(target, settings)
-        tiles = spans(target)
-        sample = tiles if full else [tiles[len(tiles) // 2]]
-        for start, stop in sample:
-            expected, _ = renderer.tile(start, stop)
-            found = written[name].rows(start, stop) if written[name].shape else written[name]
-            if as_bytes(expected) != found.read():
-                problems.append(f"{name!r} (rows {start}:{stop})")
-                break
+        rows = tile_that_differs(target, settings, written[name], full=full)
+        if rows is not None:
+            problems.append(f"{name!r} (rows {rows})")
     return problems
+
+
+def tile_that_differs(
+    target: Target, settings: Settings, found: LazyTensor, *, full: bool
+) -> str | None:
+    """The first rows of `found` that are not what the merge gives, of the middle tile or of all; None when there are none."""
+    renderer = Renderer(target, settings)
+    tiles = spans(target)
+    for start, stop in tiles if full else [tiles[len(tiles) // 2]]:
+        expected, _ = renderer.tile(start, stop)
+        part = found.rows(start, stop) if found.shape else found
+        if as_bytes(expected) != part.read():
+            return f"{start}:{stop}"
+    return None
 
 
 def _equal(before: LazyTensor, after: LazyTensor, settings: Settings) -> bool:
@@ -459,7 +530,8 @@ def _equal(before: LazyTensor, after: LazyTensor, settings: Settings) -> bool:
 # the report ---------------------------------------------------------------------------------------
 
 
-def _describe(report: MergeReport, inputs: Inputs, settings: Settings, dst: Path) -> None:
+def describe(report: MergeReport, inputs: Inputs, settings: Settings) -> None:
+    """Fill in what is known before anything is computed."""
     base, plan = inputs.base.checkpoint, inputs.plan
     for adapter, _ in inputs.adapters:
         report.findings.extend(adapter.findings)
@@ -490,7 +562,7 @@ def _describe(report: MergeReport, inputs: Inputs, settings: Settings, dst: Path
     )
 
 
-def _plan_rows(plan: MergePlan, settings: Settings) -> list[dict[str, str | int | float | bool | None]]:
+def plan_rows(plan: MergePlan, settings: Settings) -> list[dict[str, str | int | float | bool | None]]:
     return [
         {
             "tensor": target.name,
@@ -503,7 +575,7 @@ def _plan_rows(plan: MergePlan, settings: Settings) -> list[dict[str, str | int 
     ]
 
 
-def _report_survival(
+def report_survival(
     report: MergeReport, survival: Mapping[str, Survival], minimum: float | None
 ) -> None:
     total = Survival()

@@ -47,6 +47,14 @@ def thinned(shapes: Shapes, rank: int) -> Shapes:
     return result
 
 
+def narrowed(shapes: Shapes, divisor: int = 64) -> Shapes:
+    """The same model `divisor` times narrower; sizes of 256 and more that divide are model widths."""
+    return {
+        k: tuple(n // divisor if n >= 256 and n % divisor == 0 else n for n in shape)
+        for k, shape in shapes.items()
+    }
+
+
 def filled(shapes: Shapes, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensors:
     """Seeded normal numbers in these shapes; alphas are 1 to 8 and never equal to the rank by rule."""
     generator = torch.Generator().manual_seed(seed)

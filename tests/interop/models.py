@@ -144,19 +144,24 @@ def run(model: nn.Module, changed: Mapping[str, Tensor] | None = None) -> Tensor
 
 @torch.no_grad()
 def merged(model: nn.Module, modules: Modules) -> dict[str, Tensor]:
-    """Parameter name of `model` -> its value after `WeightAdapter.merged`; groups are merged as one weight."""
+    """Parameter name of `model` -> its value after `WeightAdapter.merged`; a group is merged as one fused weight."""
     result: dict[str, Tensor] = {}
     for path, adapter in modules.items():
         names = [here(model, member) for member in members(path)]
         found = [model.get_submodule(name) for name in names]
-        bias = None if found[0].bias is None else torch.cat([layer.bias for layer in found]) if hasattr(
-            found[0], "bias"
-        ) else None
-        weight, bias = adapter.merged(torch.cat([layer.weight for layer in found]), bias)
-        sizes = [layer.weight.shape[0] for layer in found]
-        result |= {f"{n}.weight": w for n, w in zip(names, weight.split(sizes), strict=True)}
+        weights = [layer.weight for layer in found if isinstance(layer.weight, Tensor)]
+        biases = [layer.bias for layer in found if isinstance(getattr(layer, "bias", None), Tensor)]
+        one = len(found) == 1
+        weight, bias = adapter.merged(
+            weights[0] if one else torch.cat(weights),
+            None if not biases else biases[0] if one else torch.cat(biases),
+        )
+        rows = [len(w) for w in weights]
+        parts = (weight,) if one else weight.split(rows)
+        result |= {f"{n}.weight": w for n, w in zip(names, parts, strict=True)}
         if bias is not None:
-            result |= {f"{n}.bias": b for n, b in zip(names, bias.split(sizes), strict=True)}
+            parts = (bias,) if one else bias.split(rows)
+            result |= {f"{n}.bias": b for n, b in zip(names, parts, strict=True)}
     return result
 
 

@@ -1,0 +1,172 @@
+"""The journal of a change in place: an undo file that lies beside the base from before its first byte changes until after
+the last check.
+
+Whatever happens in between, the originals are complete and on disk, so the change can be finished or rolled back:
+
+    journal written, fsync, renamed, folder fsync | bytes overwritten, fsync | checked | journal removed or renamed, fsync
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from peftsurgery.checkpoint import Checkpoint, LazyTensor
+from peftsurgery.errors import CheckFailed, UsageError
+from peftsurgery.operations.undo import Undo, digest_of, originals, read_undo, root_of
+
+SUFFIX = ".peftsurgery-journal"
+
+Advance = Callable[[int, str], None]  # bytes done, what
+
+
+def journal_path(base: Checkpoint) -> Path:
+    """Where the journal of a merge in place into `base` lies: in its folder, named after its first weight file."""
+    name = base.files[0].relative_to(root_of(base)).as_posix().replace("/", ".")
+    return root_of(base) / f"{name}{SUFFIX}"
+
+
+def pending(checkpoint: Checkpoint) -> Path | None:
+    """The journal of an unfinished merge in place into any of the files of `checkpoint`, or None."""
+    files = {file.resolve() for file in checkpoint.files}
+    folders = {file.parent for file in checkpoint.files}
+    for folder in sorted(folders | {folder.parent for folder in folders}):
+        for journal in sorted(folder.glob(f"*{SUFFIX}")):
+            undo = read_undo(journal)
+            if any((folder / file.path).resolve() in files for file in undo.files):
+                return journal
+    return None
+
+
+def refuse_pending(checkpoint: Checkpoint) -> None:
+    """Raise UsageError, naming both ways out, when a merge in place into this checkpoint was interrupted."""
+    journal = pending(checkpoint)
+    if journal is not None:
+        raise UsageError(unfinished(checkpoint.source, read_undo(journal)))
+
+
+def unfinished(source: str, undo: Undo) -> str:
+    """The message about an unfinished merge in place, with both ways out."""
+    return (
+        f"{source}: a merge in place was interrupted here; its weights are half written. Either finish it with the same "
+        f"command (merge {source} --in-place, adapters {undo.merge.adapters}, {undo.merge.options}), or roll it back: "
+        f"peftsurgery unmerge {source} --undo {undo.path} --in-place."
+    )
+
+
+@contextmanager
+def locked(journal: Path) -> Iterator[None]:
+    """Hold the journal for this process; the lock ends with the process. Raises UsageError when another one has it."""
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this system
+        yield
+        return
+    fd = os.open(journal, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = os.path.samestat(os.fstat(fd), os.stat(journal))
+        except (BlockingIOError, FileNotFoundError):
+            held = False
+        if not held:
+            raise UsageError(f"{journal}: another process is at work on it. Wait until it is done.")
+        yield
+    finally:
+        os.close(fd)
+
+
+def check_heads(undo: Undo, root: Path) -> None:
+    """Raise CheckFailed unless every file below `root` has the size and the header the undo file knows."""
+    for index, file in enumerate(undo.files):
+        path, head = root / file.path, undo.head(index)
+        if not path.is_file():
+            raise CheckFailed(f"{path}: is missing; {undo.path} is about {file.path}.")
+        with open(path, "rb") as opened:
+            same = opened.read(len(head)) == head
+        if not same or path.stat().st_size != file.size:
+            raise CheckFailed(
+                f"{path}: is not the file that {undo.path} is about: its header or size differs."
+            )
+
+
+def check_untouched(undo: Undo, root: Path) -> None:
+    """`check_heads`, and raise CheckFailed unless all bytes that the merge leaves alone are those of the base."""
+    check_heads(undo, root)
+    for index, file in enumerate(undo.files):
+        path = root / file.path
+        if digest_of(path, ranges_of(undo, index))[1] != file.rest:
+            raise CheckFailed(
+                f"{path}: tensors that the merge leaves alone are not those of the base {undo.path} is about; nothing was "
+                "changed."
+            )
+
+
+def ranges_of(undo: Undo, index: int) -> list[tuple[int, int]]:
+    """The byte ranges of one file whose originals are kept."""
+    return [(start, start + t.nbytes) for start, t in originals(undo, index).items()]
+
+
+def overwrite(path: Path, pieces: Iterable[tuple[int, memoryview]]) -> None:
+    """Write every (offset, bytes) into the file, which keeps its size; on disk when this returns."""
+    fd = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
+    try:
+        for offset, data in pieces:
+            while data.nbytes:
+                count = _pwrite(fd, data, offset)
+                offset, data = offset + count, data[count:]
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _pwrite(fd: int, data: memoryview, offset: int) -> int:
+    if hasattr(os, "pwrite"):
+        return os.pwrite(fd, data, offset)
+    os.lseek(fd, offset, os.SEEK_SET)
+    return os.write(fd, data)
+
+
+def roll_back(undo: Undo, root: Path, advance: Advance | None = None) -> None:
+    """Write the originals back into the files below `root` and prove each file by its digest.
+
+    Raises CheckFailed when a file is another one, or has changed outside of the merge.
+    """
+    check_untouched(undo, root)
+    for index, file in enumerate(undo.files):
+        kept = originals(undo, index)
+        if kept:
+            overwrite(root / file.path, _read(kept, advance))
+        if digest_of(root / file.path)[0] != file.sha256:
+            raise CheckFailed(
+                f"{root / file.path}: the originals are back, but the file is not the base it was: something else changed "
+                f"it outside of the merge. {undo.path} was kept."
+            )
+
+
+def _read(
+    tensors: Mapping[int, LazyTensor], advance: Advance | None
+) -> Iterator[tuple[int, memoryview]]:
+    for offset, tensor in tensors.items():
+        yield offset, tensor.read()
+        if advance is not None:
+            advance(tensor.nbytes, tensor.name)
+
+
+def remove(journal: Path) -> None:
+    """Delete the journal; the folder is on disk when this returns."""
+    os.unlink(journal)
+    sync_folder(journal.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names in a folder durable."""
+    if os.name == "nt":
+        return
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
