@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from peftsurgery.operations.convert import convert as convert
     from peftsurgery.operations.inspect import inspect as inspect
     from peftsurgery.operations.merge import merge as merge
+    from peftsurgery.operations.unmerge import unmerge as unmerge
+    from peftsurgery.operations.verify import verify as verify
 
 _HOMES = {
     "Adapter": "peftsurgery.adapter",
@@ -27,6 +29,8 @@ _HOMES = {
     "merge": "peftsurgery.operations.merge",
     "open_checkpoint": "peftsurgery.checkpoint",
     "save_adapter": "peftsurgery.codec",
+    "unmerge": "peftsurgery.operations.unmerge",
+    "verify": "peftsurgery.operations.verify",
 }
 
 __all__ = [*_HOMES, "algorithms"]

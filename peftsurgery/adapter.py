@@ -29,6 +29,7 @@ class Adapter:
     metadata: dict[str, str] = field(default_factory=dict)
     config: dict[str, object] = field(default_factory=dict)  # adapter_config.json it came with
     parameters: dict[str, str] = field(default_factory=dict)  # path -> name of a replaced parameter
+    magnitude_ndim: dict[str, int] = field(default_factory=dict)  # path -> of a stored dora_scale
     findings: list[Finding] = field(default_factory=list)
 
     @property

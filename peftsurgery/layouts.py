@@ -170,6 +170,7 @@ LAYOUTS: tuple[Layout, ...] = (
         PLAIN_DOWN_UP,
         alpha="none",
         spelling=OLD_ATTENTION,
+        families=("sd1", "sd2", "sdxl"),  # FLUX files with "processor" in a name are XLabs'
         readers="diffusers before 0.21 and later",
     ),
     Layout(

@@ -250,6 +250,8 @@ def split_blocks(parts: Sequence[LoRA]) -> list[LoRA]:
     exactly one of them; otherwise the parts come back as they are. ΔW is unchanged either way.
     """
     parts = list(parts)
+    if any(p.up.is_meta for p in parts):  # shapes only: nothing is known to be zero
+        return parts
     if len(parts) < 2 or len({p.up.shape[1] for p in parts}) > 1:
         return parts
     slots = [Part(p, 0, p.shape[0]) for p in parts]

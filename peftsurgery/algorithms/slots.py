@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +16,19 @@ from ..errors import CannotFuse, CannotSplit, UsageError
 if TYPE_CHECKING:
     from .base import WeightAdapter
 
+
+def _c_memcmp() -> Callable[[int, int, int], int] | None:
+    """The C library's memcmp; torch.equal reaches a tenth to a third of its speed."""
+    try:
+        function = ctypes.CDLL(None).memcmp
+    except (AttributeError, OSError, TypeError):  # no such symbol, or Windows
+        return None
+    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+    function.restype = ctypes.c_int
+    return function
+
+
+_memcmp = _c_memcmp()
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -73,21 +86,27 @@ def pad_to(tensor: Tensor, shape: tuple[int, ...] | None) -> Tensor:
 def bit_equal(a: Tensor | None, b: Tensor | None) -> bool:
     """Same dtype, shape (trailing ones aside) and bits. Shared memory is not read.
 
-    numpy compares 7 GB/s where `torch.equal` does 1 to 3, and runs into no thread pool.
+    A meta tensor has no values to compare: it equals itself alone.
     """
     if a is None or b is None:
         return a is b
     if a is b:
         return True
+    if a.is_meta or b.is_meta:
+        return False
     if a.dtype != b.dtype or unit_tail(a.shape) != unit_tail(b.shape):
         return False
+    if a.is_cpu and b.is_cpu and a.is_contiguous() and b.is_contiguous():
+        x, y = a.data_ptr(), b.data_ptr()
+        if x == y:
+            return True
+        if _memcmp is not None:
+            return _memcmp(x, y, a.nbytes) == 0
     a, b = a.detach().reshape(unit_tail(a.shape)), b.detach().reshape(unit_tail(b.shape))
     if a.device == b.device and a.data_ptr() == b.data_ptr() and a.stride() == b.stride():
         return True
     bits = _BITS[a.element_size()]
-    if a.device.type != "cpu" or b.device.type != "cpu":
-        return torch.equal(a.view(bits), b.view(bits))
-    return np.array_equal(a.view(bits).numpy(), b.view(bits).numpy())
+    return torch.equal(a.view(bits), b.view(bits))
 
 
 def widest(tensors: Sequence[Tensor]) -> torch.dtype:
@@ -109,6 +128,8 @@ def scaled(tensor: Tensor, ratio: float, dtype: torch.dtype) -> Tensor:
         return tensor.detach().to(dtype)
     exact = tensor.detach().float() * ratio
     rounded = exact.to(dtype)
+    if rounded.is_meta:
+        return rounded
     if bool(torch.isfinite(exact).all()) and not bool(torch.isfinite(rounded.float()).all()):
         return exact
     return rounded

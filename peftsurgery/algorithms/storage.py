@@ -180,6 +180,8 @@ class AdapterTensors(nn.Module):
         """Whether it certainly changes nothing: additive, a zero factor or scale, no bias."""
         if not self.additive or self.bias_is_value:
             return False
+        if any(t.is_meta for t in self.tensors().values()):
+            return False  # shapes only: the values are not known
         if self.bias is not None and bool((self.bias != 0).any()):
             return False
         return float(self.scale) == 0 or self._is_zero_product()

@@ -40,6 +40,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from ..errors import UsageError, nearest
@@ -175,6 +176,7 @@ def _pins(data: Mapping[str, object]) -> Iterator[Pin]:
             yield Pin(pin["component"], template, pin.get("out"), pin.get("in"), widens)
 
 
+@cache
 def _toml(path: Path) -> Mapping[str, object]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))

@@ -2,7 +2,8 @@
 saving.
 """
 
-from peftsurgery.checkpoint.container import Checkpoint, sha256_of
+from peftsurgery.checkpoint.container import Checkpoint
+from peftsurgery.checkpoint.hashing import hash_ahead, sha256_of
 from peftsurgery.checkpoint.header import Header, Limits, TensorInfo, parse_header, read_header
 from peftsurgery.checkpoint.opening import open_checkpoint
 from peftsurgery.checkpoint.saving import save, serialized_header
@@ -16,6 +17,7 @@ __all__ = [
     "LazyTensor",
     "Limits",
     "TensorInfo",
+    "hash_ahead",
     "open_checkpoint",
     "parse_header",
     "read_header",

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 
-from peftsurgery.checkpoint.tensors import LazyTensor
-from peftsurgery.errors import UsageError
-
-_BUFFER_BYTES = 8 << 20
+from peftsurgery.checkpoint.hashing import sha256_of
+from peftsurgery.checkpoint.tensors import FileMap, LazyTensor
 
 
 class Checkpoint(Mapping[str, LazyTensor]):
@@ -41,6 +39,10 @@ class Checkpoint(Mapping[str, LazyTensor]):
         self.files = files
         self.components: Mapping[str, Checkpoint] = MappingProxyType(dict(components or {}))
         self._tensors = dict(tensors)
+
+    @cached_property
+    def _maps(self) -> tuple[FileMap, ...]:
+        return tuple({id(t.file): t.file for t in self._tensors.values()}.values())
 
     def __getitem__(self, name: str) -> LazyTensor:
         return self._tensors[name]
@@ -74,29 +76,12 @@ class Checkpoint(Mapping[str, LazyTensor]):
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self._tensors.values())
 
+    def release(self) -> None:
+        """Give the memory of everything read so far back to the system; see `FileMap.release`."""
+        for file in self._maps:
+            file.release()
+
     def sha256(self) -> dict[str, str]:
         """File name (below the folder, with `/`) -> SHA-256 of the whole file, in hex."""
         root = self.path if self.path.is_dir() else self.path.parent
         return {file.relative_to(root).as_posix(): sha256_of(file) for file in self.files}
-
-
-def sha256_of(path: Path | str, *, skip_header: bool = False) -> str:
-    """SHA-256 of a file, in hex; with `skip_header`, of the bytes behind a safetensors header only.
-
-    Raises UsageError for a file that cannot be read, or is no safetensors file where one is needed.
-    """
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(_BUFFER_BYTES))
-    try:
-        with open(path, "rb", buffering=0) as file:
-            if skip_header:
-                length = int.from_bytes(file.read(8), "little")
-                size = file.seek(0, 2)
-                if size < 8 or length > size - 8:
-                    raise UsageError(f"{path}: not a safetensors file")
-                file.seek(8 + length)
-            while count := file.readinto(buffer):
-                digest.update(buffer[:count])
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
-    return digest.hexdigest()

@@ -57,6 +57,15 @@ class FileMap:
                 os.close(fd)
         return self._view
 
+    def release(self) -> None:
+        """Give the resident pages of the map back; the next access reads the file again.
+
+        For a map nobody has written into: such changes would be lost. Does nothing where the system
+        has no such call.
+        """
+        if self._view is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._view.obj.madvise(mmap.MADV_DONTNEED)
+
 
 def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

@@ -10,6 +10,8 @@ COMMANDS = {  # name (its module in this package, dashes as underscores): first 
     "inspect": "Say what a file or folder is and what every key in it means.",
     "convert": "Rewrite an adapter in another layout, exactly.",
     "merge": "Fold adapters into a base checkpoint, streamed and proved.",
+    "unmerge": "Restore the base of a merged checkpoint, bit for bit.",
+    "verify": "Say whether a merged checkpoint really is base + adapters.",
 }
 
 

@@ -76,6 +76,10 @@ def convert(
     SRC is a file, a sharded index, a folder or a hub id, owner/repo[@revision][:file]. Every
     key is accounted for, or nothing is written. Whole checkpoints go by the same tables.
     """
+    from peftsurgery.checkpoint import hash_ahead
+
+    if not dry_run:
+        hash_ahead(src)  # beside the import of torch
     from peftsurgery.operations.convert import convert as operation
 
     with display.progress("convert") as progress:

@@ -12,25 +12,11 @@ from peftsurgery.cli.running import Display
 
 @click.command()
 @click.argument("base")
-@click.option(
-    "-a",
-    "--adapter",
-    "adapters",
-    multiple=True,
-    required=True,
-    metavar="ADAPTER[=STRENGTH]",
-    help="Adapter and strength: 0.8, unet:0.8,text_encoder:0.5, or @FILE.json with patterns or "
-    "Kohya block weights (repeatable, in order).",
-)
-@options.output
+@options.adapters
+@options.output_or_in_place
+@options.in_place
 @options.architecture
-@click.option(
-    "--relative-to",
-    type=click.Choice(("current", "base")),
-    default="current",
-    show_default=True,
-    help="Compose adapters in order, or add every change relative to the base.",
-)
+@options.relative_to
 @options.dtype
 @click.option(
     "--rounding",
@@ -53,6 +39,19 @@ from peftsurgery.cli.running import Display
     help="Recompute one tile of every touched tensor from the written file, or all of them.",
 )
 @click.option(
+    "--tied",
+    type=click.Choice(("error", "both", "untie")),
+    default="error",
+    show_default=True,
+    help="When an adapter changes one side of an embedding that is also the output head: refuse, "
+    "change both, or write two tensors.",
+)
+@click.option(
+    "--residual-base",
+    is_flag=True,
+    help="BASE is the residual model that PiSSA, OLoRA and their like left, not the pristine one.",
+)
+@click.option(
     "--undo",
     type=click.Path(path_type=Path),
     metavar="FILE",
@@ -65,8 +64,9 @@ from peftsurgery.cli.running import Display
 def merge(
     base: str,
     adapters: tuple[str, ...],
-    output: Path,
     *,
+    output: Path | None,
+    in_place: bool,
     architecture: str | None,
     relative_to: str,
     dtype: str,
@@ -74,6 +74,8 @@ def merge(
     seed: int,
     min_survival: float | None,
     verify: str,
+    tied: str,
+    residual_base: bool,
     undo: Path | None,
     overwrite: bool,
     dry_run: bool,
@@ -93,6 +95,7 @@ def merge(
             base,
             [parse(text) for text in adapters],
             output,
+            in_place=in_place,
             architecture=architecture,
             relative_to=relative_to,
             dtype=dtype,
@@ -100,6 +103,8 @@ def merge(
             seed=seed,
             min_survival=min_survival,
             verify=verify,
+            tied=tied,
+            residual_base=residual_base,
             undo=undo,
             overwrite=overwrite,
             dry_run=dry_run,

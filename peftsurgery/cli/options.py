@@ -85,6 +85,35 @@ output = click.option(
     metavar="DST",
     help="File or folder to write.",
 )
+output_or_in_place = click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="DST",
+    help="File or folder to write; or --in-place.",
+)
+in_place = click.option(
+    "--in-place",
+    is_flag=True,
+    help="Overwrite the changed tensors in the files themselves, under a crash-safe journal.",
+)
+adapters = click.option(
+    "-a",
+    "--adapter",
+    "adapters",
+    multiple=True,
+    required=True,
+    metavar="ADAPTER[=STRENGTH]",
+    help="Adapter and strength: 0.8, unet:0.8,text_encoder:0.5, or @FILE.json with patterns or "
+    "Kohya block weights (repeatable, in order).",
+)
+relative_to = click.option(
+    "--relative-to",
+    type=click.Choice(("current", "base")),
+    default="current",
+    show_default=True,
+    help="Compose adapters in order, or add every change relative to the base.",
+)
 overwrite = click.option("--overwrite", is_flag=True, help="Replace DST if it exists.")
 dry_run = click.option(
     "--dry-run", is_flag=True, help="Read headers only; print the plan and write nothing."

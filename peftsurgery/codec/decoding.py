@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from peftsurgery.adapter import Adapter
-from peftsurgery.algorithms import ALGORITHMS, LoRA, WeightAdapter, split_blocks, swap_halves
-from peftsurgery.architectures import group
+from peftsurgery.algorithms import ALGORITHMS, WeightAdapter
 from peftsurgery.checkpoint import Checkpoint
 from peftsurgery.codec.conventions import Conventions
 from peftsurgery.codec.detect import Explanation, Placement, label
 from peftsurgery.codec.explaining import explain_checkpoint
 from peftsurgery.codec.keys import Record, rank_and_shape
-from peftsurgery.errors import CannotFuse, CannotSplit, Finding, UnsupportedError, UsageError
+from peftsurgery.codec.placing import place
+from peftsurgery.errors import Finding, UsageError
 
 
 def decode(
@@ -56,7 +56,8 @@ class Decoder:
         parameters: dict[str, str] = {}
         for module, record in parsed.records.items():
             placement = self.explanation.placements[module]
-            for path, adapter in self._place(placement, self._build(record, placement)).items():
+            placed = place(placement.site, self._build(record, placement), self.source)
+            for path, adapter in placed.items():
                 full = f"{placement.component}:{path}"
                 if full in modules:
                     raise UsageError(
@@ -105,7 +106,7 @@ class Decoder:
     def _build(self, record: Record, placement: Placement) -> WeightAdapter:
         rank, (out, into) = rank_and_shape(record, self.checkpoint)
         scale = self.conventions.scale(record, placement, rank)
-        tensors = {name: self._tensor(key) for name, key in record.keys.items()}
+        tensors = {n: self._tensor(key) for n, key in record.keys.items() if n != "alpha"}
         shared: dict[str, object] = {"scale": scale}
         self._shared(record, placement, tensors, shared, scale, (out, into))
         algorithm = record.algorithm or "full"
@@ -170,44 +171,6 @@ class Decoder:
         elif widened(self.explanation, placement, into):
             shared["padded_shape"] = (out, into)
 
-    # placing -----------------------------------------------------------------------------------------------------
-
-    def _place(self, placement: Placement, adapter: WeightAdapter) -> dict[str, WeightAdapter]:
-        site = placement.site
-        mark = ""
-        if site.operator == "swap_halves":
-            try:
-                adapter = swap_halves(adapter)
-            except (CannotSplit, CannotFuse):
-                mark = "~swap_halves"
-        elif site.operator is not None and site.operator != "transpose":
-            raise UnsupportedError(
-                f"{site.name!r}: the row operator {site.operator!r} is not known."
-            )
-        if len(site.parts) == 1:
-            return {site.parts[0] + mark: adapter}
-        unit, remainder = divmod(adapter.shape[0], sum(site.proportions))
-        if remainder:
-            raise UsageError(
-                f"{self.source}: {site.name!r} has {adapter.shape[0]} output rows, which do not divide as "
-                f"{':'.join(map(str, site.proportions))} into {', '.join(site.parts)}."
-            )
-        try:
-            pieces: list[WeightAdapter] = []
-            start = 0
-            for proportion in site.proportions:
-                pieces.append(adapter.rows(start, start + proportion * unit))
-                start += proportion * unit
-        except CannotSplit:
-            return {group(site.parts) + mark: adapter}
-        if all(isinstance(piece, LoRA) for piece in pieces):
-            pieces = list(split_blocks(pieces))  # type: ignore[arg-type]
-        return {
-            part: piece
-            for part, piece in zip(site.parts, pieces, strict=True)
-            if not (_untouched(piece) and len(pieces) > 1 and not _untouched(adapter))
-        }
-
 
 def widened(explanation: Explanation, placement: Placement, into: int) -> bool:
     """Whether the adapter asks for more inputs than the base has, where the family allows it.
@@ -219,15 +182,6 @@ def widened(explanation: Explanation, placement: Placement, into: int) -> bool:
         return False
     pin = architecture.pin(placement.component, placement.site.parts[0])
     return pin is not None and pin.widens and pin.in_ is not None and into > pin.in_
-
-
-def _untouched(adapter: WeightAdapter) -> bool:
-    return (
-        isinstance(adapter, LoRA)
-        and adapter.magnitude is None
-        and adapter.bias is None
-        and (adapter.is_zero())
-    )
 
 
 def _axis(record: Record, value: torch.Tensor, out: int, into: int) -> str:

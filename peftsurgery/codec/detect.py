@@ -94,11 +94,12 @@ class Resolver:
             self.known[component] = flat
         self.flat: list[tuple[str, Component]] = []
         self.dotted: list[tuple[str, str, Component]] = []
+        encoders = [c for c in architecture.components if c.startswith("text_encoder")]
         for component in architecture.components.values():
             for family in FLAT_FAMILIES:
                 self.flat += [(p + "_", component) for p in component.prefixes.get(family, ())]
-            if is_denoiser(component.name):
-                self.flat.append(("lycoris_", component))
+            if is_denoiser(component.name) or encoders == [component.name]:
+                self.flat.append(("lycoris_", component))  # whatever LyCORIS was wrapped around
             self.dotted += [
                 (p + ".", "comfy", component) for p in component.prefixes.get("comfy", ())
             ]
@@ -373,14 +374,12 @@ def label(explanation: Explanation, alphas: bool) -> tuple[Layout, list[str]]:
     for penalty, order, layout, deviations in ranked:
         if judged and penalty > min(item[0] for item in judged):
             break  # looking at every name can only add to it
-        wrong = [m for m, p in placements.items() if not _vocabulary_fits(explanation, layout, p)]
-        if wrong:
+        if wrong := _other_vocabulary(explanation, layout):
             penalty += 4
-            deviations.append(f"{len(wrong)} names of another vocabulary")
-        prefixed = [m for m, p in placements.items() if not _prefix_fits(explanation, layout, m, p)]
-        if prefixed:
+            deviations.append(f"{wrong} names of another vocabulary")
+        if prefixed := _other_prefix(explanation, layout):
             penalty += 8
-            deviations.append(f"{len(prefixed)} names with another prefix")
+            deviations.append(f"{prefixed} names with another prefix")
         judged.append((penalty, order, layout, deviations))
     _, _, layout, deviations = min(judged, key=lambda item: item[:2])
     return layout, deviations
@@ -408,22 +407,28 @@ def vocabulary(layout: Layout, component: Component) -> str:
     return layout.vocabulary if layout.vocabulary in component.columns else component.home
 
 
-def _vocabulary_fits(explanation: Explanation, layout: Layout, placement: Placement) -> bool:
-    component = explanation.architecture.components[placement.component]
-    expected = vocabulary(layout, component)
-    if placement.column == expected:
-        return True
-    return component.site(expected, placement.site.name) is not None
+def _other_vocabulary(explanation: Explanation, layout: Layout) -> int:
+    """How many modules are not named in the vocabulary that `layout` writes."""
+    components = explanation.architecture.components
+    expected = {name: vocabulary(layout, component) for name, component in components.items()}
+    return sum(
+        components[p.component].site(expected[p.component], p.site.name) is None
+        for p in explanation.placements.values()
+        if p.column != expected.get(p.component, p.column)
+    )
 
 
-def _prefix_fits(
-    explanation: Explanation, layout: Layout, module: str, placement: Placement
-) -> bool:
+def _other_prefix(explanation: Explanation, layout: Layout) -> int:
+    """How many flattened modules do not begin as `layout` writes them."""
     if layout.container != "flat":
-        return True
-    component = explanation.architecture.components.get(placement.component)
-    prefix = None if component is None else find_prefix(layout, component)
-    return prefix is not None and module.startswith(prefix)
+        return 0
+    components = explanation.architecture.components
+    prefixes = {name: find_prefix(layout, component) for name, component in components.items()}
+    wrong = 0
+    for module, placement in explanation.placements.items():
+        prefix = prefixes.get(placement.component)
+        wrong += prefix is None or not module.startswith(prefix)
+    return wrong
 
 
 def find_prefix(layout: Layout, component: Component) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +20,17 @@ from peftsurgery.layouts import Dialect, Layout, layout_named
 
 KOHYA_MODULES = {"lora": "networks.lora", "flux": "networks.lora_flux"}
 LORA_ONLY = "--algorithm lora --rank RULE rewrites it as a LoRA and states the loss"
+BAKED = "--base CHECKPOINT --algorithm lora --rank RULE (or --algorithm full) bakes it into the change"
+DIFFERENCE = "--base CHECKPOINT writes it as the difference from the base"
+LEFT_OUT = "--drop PATTERN leaves it out on request"
+
+
+class Refused(UnsupportedError):
+    """One module that a layout cannot hold, and what would make it possible."""
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(reason)
+        self.remedy = remedy
 
 
 @dataclass
@@ -65,11 +76,10 @@ class Encoder:
 
     def run(self) -> Encoded:
         """See `encode`."""
-        if self.layout.families and self.architecture.name not in self.layout.families:
-            raise UnsupportedError(
-                f"the layout {self.layout.name!r} exists for {', '.join(self.layout.families)} only; this adapter is "
-                f"for {self.architecture.title}."
-            )
+        if reason := self._adapter_refused():
+            for path in self.adapter.modules:
+                self.refusals.append((path, *reason))
+            raise UnsupportedError(self._refusal())
         for component_name in self.adapter.components:
             component = self.architecture.components[component_name]
             if reason := self._component_refused(component):
@@ -88,6 +98,21 @@ class Encoder:
 
     # what the layout cannot hold -----------------------------------------------------------------------------------
 
+    def _adapter_refused(self) -> tuple[str, str] | None:
+        layout = self.layout
+        if layout.families and self.architecture.name not in layout.families:
+            families = ", ".join(layout.families)
+            return (
+                f"{layout.title} exists for {families} only, and this adapter is for {self.architecture.title}",
+                "--to peft holds any adapter",
+            )
+        if self.adapter.config.get("layer_replication") and layout.alpha != "config":
+            return (
+                "its layers are those of a model with repeated layers (layer_replication), and only a PEFT folder says so",
+                "--to peft keeps it",
+            )
+        return None
+
     def _component_refused(self, component: Component) -> str | None:
         layout = self.layout
         if layout.components and component.name not in layout.components:
@@ -104,6 +129,11 @@ class Encoder:
             and component.name != "controlnet"
         ):
             return f"{layout.title} has no place for text encoders"
+        if layout.name == "lycoris" and len(self.adapter.components) > 1:
+            return (
+                f"{layout.title} wraps one model per file, and this adapter changes "
+                f"{', '.join(self.adapter.components)}"
+            )
         if self.architecture.name == "llm" and layout.container not in ("peft", "flat"):
             return f"{layout.title} is a diffusion layout and has no names for a language model"
         if self.architecture.name == "llm" and layout.name not in ("peft", "lycoris"):
@@ -117,7 +147,7 @@ class Encoder:
     def _refusal(self) -> str:
         module, reason, remedy = self.refusals[0]
         others = len(self.refusals) - 1
-        more = f" ({others} more modules likewise)" if others else ""
+        more = f" ({others} more modules cannot either)" if others else ""
         hint = f" {remedy[0].upper()}{remedy[1:]}." if remedy else ""
         return f"{module}: cannot be written as {self.layout.name}: {reason}{more}.{hint}"
 
@@ -145,9 +175,9 @@ class Encoder:
                 module = self._at_site(site, found)
                 self._write(component, site, module, paths)
             except (CannotFuse, CannotSplit) as error:
-                self.refusals.append((paths[0], str(error).rstrip("."), LORA_ONLY))
-            except UnsupportedError as error:
-                self.refusals.append((paths[0], str(error).rstrip("."), None))
+                self.refusals.append((paths[0], str(error).rstrip("."), _way_out(found.values())))
+            except Refused as error:
+                self.refusals.append((paths[0], str(error), error.remedy))
 
     def _at_site(self, site: Site, found: Mapping[str, WeightAdapter]) -> WeightAdapter:
         """The adapter of one named module of the layout, from the home modules found for it."""
@@ -198,8 +228,9 @@ class Encoder:
             key = suffix if suffix.startswith("=") else f"{name}{dialect.joint}{suffix}"
             key = key.removeprefix("=")
             if key in target:
-                raise UnsupportedError(
-                    f"{key!r} would be written twice; two module names flatten to one"
+                raise Refused(
+                    f"{key!r} would be written twice: two module names flatten to one",
+                    "a dotted layout tells them apart",
                 )
             target[key] = tensor
             self.sources[f"{part}/{key}" if part else key] = paths
@@ -216,8 +247,9 @@ class Encoder:
         if self.layout.spelling:
             plain = next((p for p in self.layout.spelling if dotted.endswith("." + p)), None)
             if plain is None:
-                raise UnsupportedError(
-                    f"{self.layout.title} names only attention projections, not {dotted!r}"
+                raise Refused(
+                    f"{self.layout.title} names only attention projections, not {dotted!r}",
+                    LEFT_OUT,
                 )
             dotted = dotted.removesuffix(plain) + self.layout.spelling[plain]
         prefix = prefix_of(self.layout, component)
@@ -243,23 +275,20 @@ class Encoder:
             result[dialect.alpha] = torch.tensor(alpha, dtype=torch.float32)
         elif not self.fold and self.layout.alpha == "tensor" and not dialect.alpha:
             if float(module.scale) != 1.0:
-                raise UnsupportedError(
-                    f"{self.layout.title} has no place for alpha; use --alpha fold"
+                raise Refused(
+                    f"{self.layout.title} has no place for alpha",
+                    "--alpha fold stores the scale in the factors",
                 )
         if isinstance(module, LoKr) and module.rank is None and dialect.alpha:
             result[dialect.alpha] = torch.tensor(1.0)
-        self._magnitude(dialect, module, own, result)
-        self._bias(dialect, component, site, module, own, result)
+        self._magnitude(dialect, f"{component.name}:{site.home}", module, own, result)
+        self._bias(dialect, module, own, result)
         if module.padded_shape is not None:
-            if dialect.padded_shape:
-                result[dialect.padded_shape] = torch.tensor(module.padded_shape, dtype=torch.int64)
-            elif dialect.alpha:
-                raise UnsupportedError(
-                    f"{self.layout.title} cannot say that the base weight is widened to {list(module.padded_shape)}"
-                )
+            self._padding(dialect, component, site, module, result)
         if own:
-            raise UnsupportedError(
-                f"{self.layout.title} has no key for the {', '.join(sorted(own))} of {module.algorithm}"
+            raise Refused(
+                f"{self.layout.title} has no key for the {', '.join(sorted(own))} of {module.algorithm}",
+                LEFT_OUT,
             )
         return result
 
@@ -270,19 +299,17 @@ class Encoder:
         fields = dialect.algorithms.get(algorithm)
         bias_only = set(module.tensors()) <= {"bias"}
         if fields is None and not bias_only:
-            raise UnsupportedError(
-                f"{self.layout.title} has no keys for {module.algorithm}; it holds "
-                f"{', '.join(a for a in dialect.algorithms if a != 'norm')}. "
-                + (
-                    LORA_ONLY
-                    if algorithm in ("loha", "lokr", "full")
-                    else "--drop leaves it out on request"
-                )
-            )
+            if algorithm == "set":
+                remedy = DIFFERENCE if "full" in dialect.algorithms else LEFT_OUT
+            else:
+                remedy = _way_out([module]) if len(module.shape) > 1 else LEFT_OUT
+            what = "norm differences" if len(module.shape) == 1 and algorithm == "full" else algorithm
+            held = ", ".join(a for a in dialect.algorithms if a != "norm")
+            raise Refused(f"{self.layout.title} has no keys for {what}; it holds {held}", remedy)
         missing = {"mid"} & set(module.tensors()) - set(fields or {})
         if missing:
-            raise UnsupportedError(
-                f"{self.layout.title} has no key for the Tucker core (lora_mid); {LORA_ONLY}"
+            raise Refused(
+                f"{self.layout.title} has no key for the Tucker core (lora_mid)", _way_out([module])
             )
         return fields or {}
 
@@ -307,6 +334,7 @@ class Encoder:
     def _magnitude(
         self,
         dialect: Dialect,
+        path: str,
         module: WeightAdapter,
         own: dict[str, torch.Tensor],
         result: dict[str, torch.Tensor],
@@ -318,16 +346,14 @@ class Encoder:
         if module.stored != "linear":
             axis = "out" if axis == "in" else "in"
         if dialect.magnitude is None:
-            raise UnsupportedError(
-                f"{self.layout.title} cannot hold DoRA; --base CHECKPOINT --algorithm lora --rank RULE (or --algorithm "
-                "full) bakes the magnitude into the change"
-            )
+            raise Refused(f"{self.layout.title} cannot hold DoRA", BAKED)
         if axis not in dialect.magnitude_axes:
-            raise UnsupportedError(
-                f"{self.layout.title} holds a DoRA magnitude per output only, and this one is per input; --base CHECKPOINT "
-                "--algorithm lora --rank RULE (or --algorithm full) bakes it into the change"
+            raise Refused(
+                f"{self.layout.title} holds a DoRA magnitude per output only, and this one is per input",
+                BAKED,
             )
         ndim = len(module.tensors()["up"].shape) if isinstance(module, LoRA) else 2
+        ndim = max(ndim, self.adapter.magnitude_ndim.get(path, 0))
         if dialect.magnitude == "dora_scale":
             trailing = [1] * (max(ndim, 2) - 2)
             shape = [-1, 1, *trailing] if module.magnitude_axis == "out" else [1, -1, *trailing]
@@ -339,8 +365,6 @@ class Encoder:
     def _bias(
         self,
         dialect: Dialect,
-        component: Component,
-        site: Site,
         module: WeightAdapter,
         own: dict[str, torch.Tensor],
         result: dict[str, torch.Tensor],
@@ -350,21 +374,62 @@ class Encoder:
             return
         if module.bias_is_value:
             if dialect.bias_value is None:
-                raise UnsupportedError(f"{self.layout.title} cannot hold a replaced bias")
+                known = dialect.bias and not dialect.bias_is_scaled
+                raise Refused(
+                    f"{self.layout.title} cannot hold a replaced bias",
+                    DIFFERENCE if known else LEFT_OUT,
+                )
             suffix = dialect.bias_value
             if self.layout.alpha == "config" and module.algorithm in ("lora", "loha", "lokr"):
                 suffix = "base_layer.bias"
             result[suffix] = bias
             return
         suffix = dialect.bias
-        if len(module.shape) == 1 and dialect.norm_bias:
+        if len(module.shape) == 1 and "diff" in module.tensors() and dialect.norm_bias:
             suffix = dialect.norm_bias
         if suffix is None or (dialect.bias_is_scaled and not isinstance(module, LoRA)):
-            raise UnsupportedError(f"{self.layout.title} cannot hold a change of the bias")
+            raise Refused(f"{self.layout.title} cannot hold a change of the bias", LEFT_OUT)
         if dialect.bias_is_scaled:
-            scale = 1.0 if self.fold else float(module.scale)
+            scale = float(module.scale)
+            if scale == 0:
+                raise Refused(
+                    f"{self.layout.title} multiplies the change of the bias by the scale, which is 0",
+                    LEFT_OUT,
+                )
             bias = bias if scale == 1.0 else (bias.float() / scale).to(bias.dtype)
         result[suffix] = bias
+
+    def _padding(
+        self,
+        dialect: Dialect,
+        component: Component,
+        site: Site,
+        module: WeightAdapter,
+        result: dict[str, torch.Tensor],
+    ) -> None:
+        """The shape the base weight is zero-padded to, where it is not clear from the input side."""
+        wide = module.padded_shape
+        assert wide is not None
+        pin = self.architecture.pin(component.name, site.parts[0])
+        known = pin is not None and pin.widens and wide == module.shape and pin.in_ is not None
+        if dialect.padded_shape:
+            result[dialect.padded_shape] = torch.tensor(wide, dtype=torch.int64)
+        elif not known or pin is None or wide[1] <= (pin.in_ or 0):
+            raise Refused(
+                f"{self.layout.title} cannot say that the base weight is widened to {list(wide)}",
+                "--to comfy says so",
+            )
+        elif self.layout.container in ("flat", "comfy"):
+            self.findings.append(
+                Finding(
+                    "warning",
+                    "wider-input",
+                    f"it wants {wide[1]} inputs where {self.architecture.title} has {pin.in_}; {self.layout.title} has "
+                    "no key that says so",
+                    f"{component.name}:{site.home}",
+                    "right for a base with as many inputs; otherwise --to comfy or diffusers",
+                )
+            )
 
     # beside the modules ------------------------------------------------------------------------------------------------
 
@@ -443,6 +508,14 @@ class Encoder:
             "ss_network_dim": f"{ranks.pop()}" if len(ranks) == 1 else "Dynamic",
             "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
         }
+
+
+def _way_out(modules: Collection[WeightAdapter]) -> str:
+    """The option that makes modules splittable or joinable."""
+    kinds = {m.algorithm for m in modules}
+    if "set" in kinds:
+        return "--base CHECKPOINT --algorithm full writes the difference from the base"
+    return LORA_ONLY if all(m.additive for m in modules) else BAKED
 
 
 def fold_scale(module: WeightAdapter) -> WeightAdapter:

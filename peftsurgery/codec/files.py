@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -62,16 +64,18 @@ def save_adapter(
 
 
 def write_encoded(
-    encoded: Encoded, path: Path, layout: str, overwrite: bool = False
+    encoded: Encoded, path: Path, layout: str, overwrite: bool = False, *, sync: bool = True
 ) -> tuple[Path, ...]:
-    """Write what `encode` made, atomically: a file by rename, a folder by renaming a complete one into place."""
+    """Write what `encode` made, atomically: a file by rename, a folder by renaming a complete one into place.
+
+    sync: wait for the disk; without it the caller flushes the files (see `flushing`) before they are published.
+    """
     row = layout_named(layout)
     if row.alpha != "config":
         if path.is_dir():
             raise UsageError(f"{path}: is a folder; {row.title} is one file. Give a file name.")
-        return save(
-            path, ordered(encoded.tensors.get("", {})), encoded.metadata, overwrite=overwrite
-        )
+        tensors = ordered(encoded.tensors.get("", {}))
+        return save(path, tensors, encoded.metadata, overwrite=overwrite, sync=sync)
     if path.suffix in (".safetensors", ".sft"):
         raise UsageError(
             f"{path}: {row.title} is a folder; give a folder name without {path.suffix}."
@@ -82,13 +86,32 @@ def write_encoded(
         for part, tensors in encoded.tensors.items():
             folder = temporary / part
             folder.mkdir(exist_ok=True)
-            save(folder / WEIGHTS, ordered(tensors), encoded.metadata)
+            save(folder / WEIGHTS, ordered(tensors), encoded.metadata, sync=sync)
             _write_text(
                 folder / CONFIG, json.dumps(encoded.configs[part], indent=2, sort_keys=True)
             )
         return publish(temporary, path, overwrite=overwrite)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def flushing(staged: Path) -> Iterator[None]:
+    """The disk writes the file, or every file of the folder, while the block runs, and is done when it ends."""
+
+    def flush() -> None:
+        files = [f for f in staged.rglob("*") if f.is_file()] if staged.is_dir() else [staged]
+        for file in files:
+            with open(file, "rb+") as opened:
+                os.fsync(opened.fileno())
+
+    with ThreadPoolExecutor(1) as thread:
+        done = thread.submit(flush)
+        yield
+        try:
+            done.result()
+        except OSError as error:
+            raise UsageError(f"{staged}: writing failed: {error.strerror}") from error
 
 
 def publish(staged: Path, path: Path, *, overwrite: bool) -> tuple[Path, ...]:

@@ -28,6 +28,7 @@ CARRIED = (
     "lora_dropout",
     "fan_in_fan_out",
 )
+SELECTING = ("exclude_modules", "layers_to_transform", "layers_pattern")  # narrow target_modules
 
 
 def build(
@@ -57,10 +58,13 @@ def build(
     }
     if not modules_same_names(source, trained):
         config["target_modules"] = targets([p for p in modules if tail(p) in trained])
+        for name in SELECTING:
+            config.pop(name, None)
     else:
         config["target_modules"] = source["target_modules"]
+    config.pop("modules_to_save", None)
     if values:
-        config["modules_to_save"] = source.get("modules_to_save") or sorted(values)
+        config["modules_to_save"] = _saved(source.get("modules_to_save"), values)
     config.update(_ranks(trained, kind, rslora=bool(source.get("use_rslora"))))
     if kind == "lora":
         _lora_flags(config, trained)
@@ -73,6 +77,16 @@ def build(
     return config
 
 
+def _saved(wanted: object, values: Collection[str]) -> list[str]:
+    """modules_to_save: the source's own names as far as they still mean something, if they cover every value."""
+    kept = [str(w) for w in wanted if any(_ends(v, str(w)) for v in values)] if isinstance(wanted, list) else []
+    return kept if all(any(_ends(v, w) for w in kept) for v in values) else sorted(values)
+
+
+def _ends(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
 def modules_same_names(source: Mapping[str, object], modules: Mapping[str, WeightAdapter]) -> bool:
     """Whether the config's own target_modules still selects every module written."""
     wanted = source.get("target_modules")
@@ -81,7 +95,8 @@ def modules_same_names(source: Mapping[str, object], modules: Mapping[str, Weigh
             return True
         return all(re.fullmatch(wanted, path) for path in modules)
     if isinstance(wanted, list) and wanted:
-        return all(any(p == t or p.endswith(f".{t}") for t in wanted) for p in modules)
+        every = all(any(_ends(p, t) for t in wanted) for p in modules)
+        return every and all(any(_ends(p, t) for p in modules) for t in wanted)
     return False
 
 

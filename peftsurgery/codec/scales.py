@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import struct
 from collections import Counter
 from collections.abc import Mapping
 from functools import lru_cache
 
+from peftsurgery.codec.patterns import Patterns
 from peftsurgery.errors import Finding, UsageError
 
 PLACEHOLDER = 1e9  # ai-toolkit writes about 1e10 as the alpha of full LoKr factors
@@ -99,28 +99,18 @@ class ConfigScales:
 
     def scale(self, path: str, rank: int | None) -> float:
         """The scale of one module; `rank` from its tensors, or None when they do not tell."""
-        alpha = _lookup(self.alpha_pattern, path, self.alpha)
-        rank = rank if rank is not None else int(_lookup(self.rank_pattern, path, self.rank) or 0)
+        alpha = self.alpha_pattern.find(path, self.alpha)
+        rank = rank if rank is not None else int(self.rank_pattern.find(path, self.rank) or 0)
         if alpha is None or not rank:
             return 1.0
         return float32(alpha / math.sqrt(rank)) if self.rslora else float32(alpha / rank)
 
 
-def _pattern(config: Mapping[str, object], name: str, source: str) -> dict[str, float]:
+def _pattern(config: Mapping[str, object], name: str, source: str) -> Patterns:
     value = config.get(name) or {}
     if not isinstance(value, dict) or not all(isinstance(v, int | float) for v in value.values()):
         raise UsageError(f"{source}: {name} is {value!r}; expected a mapping of pattern to number.")
-    return {str(k): v for k, v in value.items()}
-
-
-def _lookup(patterns: Mapping[str, float], path: str, default: float | None) -> float | None:
-    for pattern, value in patterns.items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", path):
-                return value
-        except re.error as error:
-            raise UsageError(f"pattern {pattern!r} in the adapter config: {error}") from error
-    return default
+    return Patterns({str(k): v for k, v in value.items()}, source)
 
 
 def diffusers_configs(metadata: Mapping[str, str], source: str) -> dict[str, dict[str, object]]:

@@ -7,18 +7,19 @@ every op_k looks at W_0 instead, which makes the order irrelevant.
 from __future__ import annotations
 
 import hashlib
+import math
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from peftsurgery.algorithms import LoRA, WeightAdapter
+from peftsurgery.algorithms import Full, LoRA, WeightAdapter
 from peftsurgery.algorithms.slots import pad_to
 from peftsurgery.checkpoint.dtypes import torch_dtype
-from peftsurgery.errors import CannotSplit, CheckFailed
+from peftsurgery.errors import CannotSplit, CheckFailed, UnsupportedError
 from peftsurgery.operations.plan import Edit, Target
 
 TILE = 1 << 20  # elements of a row tile: smaller ones drown in dispatch, larger ones leave the cache
@@ -64,7 +65,7 @@ def output_dtype(target: Target, settings: Settings) -> str:
 
 def spans(target: Target) -> list[tuple[int, int]]:
     """Row tiles [start, stop) of a target, at least `TILE` elements each where the tensor has them."""
-    rows = target.shape[0] if target.shape else 1
+    rows = target.rows
     step = max(1, TILE // max(1, target.columns))
     return [(a, min(a + step, rows)) for a in range(0, rows, step)]
 
@@ -79,11 +80,11 @@ class Renderer:
         self.whole: Tensor | None = None
         self.base: Tensor | None = None
         self.operations: list[tuple[Edit, RowOperation]] = []
-        if all(_by_rows(edit, target) for edit in target.edits):
-            self.operations = [(edit, self._row_operation(edit)) for edit in target.edits]
-        else:
-            self.base = self._load(0, target.shape[0])
+        if needs_whole(target):
+            self.base = self._load(0, target.rows)
             self.whole = self._composed(self.base)
+        else:
+            self.operations = [(edit, self._row_operation(edit)) for edit in target.edits]
         rows = max((b - a) for a, b in spans(target))
         self._scratch = torch.empty(rows, target.columns)
         self._before = torch.empty(rows, target.columns)
@@ -112,9 +113,9 @@ class Renderer:
         while low < high:
             row = (low - edit.start + edit.offset) % edit.modulus
             end = min(high, low + edit.modulus - row)
-            view = out[low - start : end - start]
+            view = out[low - start : end - start, : edit.columns]
             if self.settings.relative_to == "base" and not edit.module.additive:
-                change = before[low - start : end - start].clone()
+                change = before[low - start : end - start, : edit.columns].clone()
                 origin = change.clone()
                 operation(change, row, row + end - low)
                 view += change - origin
@@ -129,7 +130,8 @@ class Renderer:
         if not stored:
             return tensor.torch().float().reshape(1, 1)
         if stored == shape:
-            return tensor.rows(start, stop).torch().float().reshape(stop - start, -1)
+            rows = self.target.flat(tensor).rows(start, stop)
+            return rows.torch().float().reshape(stop - start, -1)
         full = tensor.torch().float()
         if len(stored) == len(shape) and all(a <= b for a, b in zip(stored, shape, strict=True)):
             return pad_to(full, shape)[start:stop].reshape(stop - start, -1)
@@ -149,8 +151,8 @@ class Renderer:
             return lambda out, a, b: module.accumulate(out, a, b, t)  # type: ignore[return-value]
 
         def replace(out: Tensor, a: int, b: int) -> None:
-            part = module.rows(a, b).with_tensors(padded_shape=None)
-            shape = (b - a, *module.shape[1:])
+            part = _restricted(module, a, b)
+            shape = (b - a, *part.shape[1:])
             out.copy_(part.merged(out.reshape(shape), None, t)[0].reshape(out.shape))
 
         return replace
@@ -159,8 +161,8 @@ class Renderer:
         """The whole tensor at once, for maps that look at all rows (per-input DoRA, transposed weights)."""
         current = base.clone()
         for edit in self.target.edits:
-            source = base if self.settings.relative_to == "base" else current
-            rows = source[edit.start : edit.stop]
+            relative = self.settings.relative_to == "base"
+            rows = (base if relative else current)[edit.start : edit.stop, : edit.columns]
             if edit.parameter == "bias":
                 change = rows.clone()
                 _bias_operation(edit.module, edit.strength)(
@@ -168,7 +170,10 @@ class Renderer:
                 )
             else:
                 change = self._mapped(edit, rows)
-            current[edit.start : edit.stop] += change - rows
+            if relative:
+                current[edit.start : edit.stop, : edit.columns] += change - rows
+            else:
+                current[edit.start : edit.stop, : edit.columns] = change
         return current
 
     def _mapped(self, edit: Edit, rows: Tensor) -> Tensor:
@@ -176,16 +181,21 @@ class Renderer:
         if edit.transposed:
             home = rows.reshape(self.target.shape).T
             return module.merged(home, None, edit.strength)[0].T.reshape(rows.shape)
-        if rows.shape[0] != module.shape[0]:
-            raise CannotSplit(
-                f"{edit.path}: a {module.algorithm} over several weights that the base stores apart; convert the "
-                "adapter with --algorithm lora --base first"
+        if rows.shape[0] != edit.modulus and module.magnitude_axis == "in":
+            raise UnsupportedError(
+                f"{edit.path}: a DoRA with one magnitude per input over several weights that the base stores apart: its norms "
+                "run over all of them. Give a base that stores them fused, or convert the adapter with --algorithm lora "
+                "--base first."
             )
-        turned = rows.roll(-edit.offset, 0) if edit.offset else rows
-        shape = (rows.shape[0], *self.target.shape[1:])
-        plain = module.with_tensors(padded_shape=None)
-        result = plain.merged(turned.reshape(shape), None, edit.strength)[0].reshape(rows.shape)
-        return result.roll(edit.offset, 0) if edit.offset else result
+        place = (torch.arange(rows.shape[0]) + edit.offset) % edit.modulus
+        if rows.shape[0] == edit.modulus:
+            inverse = torch.argsort(place)
+            turned = rows[inverse].reshape(rows.shape[0], *self.target.shape[1:])
+            plain = module.with_tensors(padded_shape=None)
+            return plain.merged(turned, None, edit.strength)[0].reshape(rows.shape)[place]
+        part = _restricted(module, edit.offset, edit.offset + rows.shape[0])
+        shape = (rows.shape[0], *part.shape[1:])
+        return part.merged(rows.reshape(shape), None, edit.strength)[0].reshape(rows.shape)
 
     def _round(self, exact: Tensor, start: int) -> Tensor:
         if self.settings.rounding == "nearest" or self.dtype == torch.float32:
@@ -193,33 +203,74 @@ class Renderer:
         return stochastic(exact, self.dtype, _generator(self.settings.seed, self.target.name, start))
 
     def _survival(self, exact: Tensor, before: Tensor, written: Tensor) -> Survival:
-        delta = (exact - before).reshape(-1)
-        kept = torch.sub(written.reshape(-1), before.reshape(-1))
-        inner, total = float(torch.dot(kept, delta)), float(torch.dot(delta, delta))
-        if not (inner == inner and total == total and abs(inner) != float("inf")):
-            raise CheckFailed(
-                f"{self.target.name!r}: the merge gives NaN or Inf in {self.dtype}; nothing was kept. Check the adapter with "
-                "inspect --norms, or write a wider --dtype."
+        result = survival_of(exact, before, written)
+        if not (math.isfinite(result.kept) and math.isfinite(result.total)):
+            raise CheckFailed(self._why_not_finite(exact, before))
+        return result
+
+    def _why_not_finite(self, exact: Tensor, before: Tensor) -> str:
+        name, dtype = self.target.name, output_dtype(self.target, self.settings)
+        if not bool(torch.isfinite(before).all()):
+            return f"{name!r}: the base holds NaN or Inf there already; nothing was kept. Repair the base first."
+        if not bool(torch.isfinite(exact).all()):
+            paths = ", ".join(dict.fromkeys(edit.path for edit in self.target.edits))
+            return (
+                f"{name!r}: the merge gives NaN or Inf; nothing was kept. Look at {paths} with inspect --norms: the adapter is "
+                "damaged, or its strength far too large."
             )
-        return Survival(inner, total, float(torch.dot(kept.sub_(delta), kept)))
+        largest = float(exact.abs().max())
+        return (
+            f"{name!r}: the merge gives {largest:g}, which does not fit {dtype}; nothing was kept. Write --dtype bf16 or fp32."
+        )
 
 
-def _by_rows(edit: Edit, target: Target) -> bool:
-    """Whether the edit's map of a row looks at that row alone."""
-    if edit.transposed:
-        return False
-    if edit.parameter == "bias" or edit.module.additive:
-        return True
-    if edit.module.magnitude_axis == "in":
-        return False
-    rows = edit.stop - edit.start
-    step = max(1, TILE // max(1, target.columns))
+def survival_of(exact: Tensor, before: Tensor, written: Tensor) -> Survival:
+    """Sums over the elements of a tile; not finite when one of the three holds NaN or Inf."""
+    delta = (exact - before).reshape(-1)
+    kept = torch.sub(written.reshape(-1), before.reshape(-1))
+    inner, total = float(torch.dot(kept, delta)), float(torch.dot(delta, delta))
+    return Survival(inner, total, float(torch.dot(kept.sub_(delta), kept)))
+
+
+ALTERNATIVES = ("F16", "BF16", "F32")
+SAMPLED = 1 << 26  # elements; of larger merges one tile per tensor is enough for an advice
+
+
+def alternatives(targets: Iterable[Target], settings: Settings) -> dict[str, float]:
+    """The share of ΔW that other dtypes would keep, from the same tiles; without those a value does not fit into."""
+    targets = list(targets)
+    sums = {dtype: Survival() for dtype in ALTERNATIVES}
+    sampled = sum(target.numel for target in targets) > SAMPLED
+    for target in targets:
+        renderer = Renderer(target, settings)
+        tiles = spans(target)
+        for start, stop in [tiles[len(tiles) // 2]] if sampled else tiles:
+            exact, before = renderer.exact(start, stop)
+            for dtype, total in sums.items():
+                rounded = exact.to(torch_dtype(dtype)).float()
+                total.add(survival_of(exact, before, rounded))
+    return {dtype: total.share for dtype, total in sums.items() if math.isfinite(total.kept)}
+
+
+def needs_whole(target: Target) -> bool:
+    """Whether some edit's map of a row looks at other rows too: a magnitude per input, or a transposed weight."""
+    return any(
+        edit.parameter == "weight"
+        and (edit.transposed or (not edit.module.additive and edit.module.magnitude_axis == "in"))
+        for edit in target.edits
+    )
+
+
+def _restricted(module: WeightAdapter, start: int, stop: int) -> WeightAdapter:
+    """Rows start:stop of a map that looks at one row at a time; where the algorithm cannot cut, of its ΔW written out."""
+    if module.bias is not None or module.padded_shape is not None:
+        module = module.with_tensors(bias=None, padded_shape=None)
     try:
-        for a in range(0, rows, step):
-            edit.module.rows(a, min(a + step, rows))
+        return module.rows(start, stop)
     except CannotSplit:
-        return False
-    return True
+        assert module.magnitude is not None
+        delta = module.with_tensors(magnitude=None, magnitude_axis=None).tile(start, stop)
+        return Full(delta, magnitude=module.magnitude[start:stop], magnitude_axis="out")
 
 
 def _bias_operation(module: WeightAdapter, t: float) -> RowOperation:

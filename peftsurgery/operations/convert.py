@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import gc
 import secrets
 import shutil
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,13 +23,15 @@ import torch
 
 from peftsurgery import __version__, architectures
 from peftsurgery.adapter import Adapter
-from peftsurgery.algorithms import Full, LoRA, WeightAdapter, difference
+from peftsurgery.algorithms import WeightAdapter, difference
 from peftsurgery.checkpoint import Checkpoint, open_checkpoint
 from peftsurgery.codec import BaseWeights, Encoded, decode, encode, open_adapter, write_encoded
 from peftsurgery.codec.explaining import explain_checkpoint
-from peftsurgery.codec.files import kohya_hashes, publish
-from peftsurgery.errors import CannotFit, CheckFailed, Finding, UnsupportedError, UsageError
+from peftsurgery.codec.files import flushing, kohya_hashes, publish
+from peftsurgery.errors import CheckFailed, Finding, UsageError
 from peftsurgery.layouts import LAYOUT_NAMES, layout_named
+from peftsurgery.operations.journal import refuse_pending
+from peftsurgery.operations.refit import refit, values_as_differences
 from peftsurgery.reports import Progress, Report
 
 DTYPES = {
@@ -37,6 +41,7 @@ DTYPES = {
     "fp8_e4m3": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
+BATCH = 32  # tensors or modules; then the pages they were read from are given back
 BACKWARD_SAFE = (
     4.0  # a product of two rounded factors and a folded scale moves by a few units of roundoff
 )
@@ -50,6 +55,19 @@ class ConvertReport(Report):
     keys: dict[str, int] = field(default_factory=dict)
 
 
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """No cyclic garbage collection: thousands of objects are made and kept, and every pass over them is for nothing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_collector_paused()
 def convert(
     src: str | Path,
     dst: str | Path,
@@ -80,6 +98,7 @@ def convert(
     _check_options(to, algorithm, rank, dtype, alpha)
     dst = Path(dst)
     source = open_adapter(src, allow_pickle=allow_pickle)
+    refuse_pending(source)
     _check_target(source, dst, overwrite)
     kept = _without(source, drop)
     hashing = _Hashing(source, enabled=not dry_run)
@@ -91,16 +110,20 @@ def convert(
     left_out = _filter(adapter, drop, only)
     if not adapter.modules:
         raise UsageError(f"{source.source}: nothing is left to convert after --drop and --only.")
+    if left_out or len(kept) < len(source):
+        adapter.config.pop("target_modules", None)  # it would select what was left out as well
     losses: dict[str, float] = {}
     if algorithm is not None:
         if dry_run:
             raise UsageError(
                 "--dry-run reads headers only, and --algorithm needs the values; leave one of them out."
             )
-        losses = _refit(adapter, algorithm, rank, weights, progress)
+        losses = refit(adapter, algorithm, rank, weights, progress)
+    if weights is not None:
+        adapter.findings += values_as_differences(adapter, layout_named(to), weights)
     encoded = encode(adapter, to, fold_alpha=alpha == "fold")
     if dtype != "keep":
-        _cast(encoded, DTYPES[dtype])
+        _cast(encoded, DTYPES[dtype], source)
     report = ConvertReport("convert")
     report.findings.extend([*adapter.findings, *encoded.findings])
     _account(report, source, kept, left_out, drop)
@@ -112,8 +135,10 @@ def convert(
     report.inputs.update(hashing.result())
     _stamp(encoded, to, report.inputs, algorithm, rank, dtype, alpha)
     with _staged(dst) as staged:
-        write_encoded(encoded, staged, to)
-        error = _prove(report, adapter, staged, losses, progress)
+        write_encoded(encoded, staged, to, sync=False)
+        encoded.tensors.clear()
+        with flushing(staged):
+            error = _prove(report, adapter, source, staged, losses, progress)
         report.outputs.extend(str(path) for path in publish(staged, dst, overwrite=overwrite))
     report.summary["largest relative error of ΔW"] = error
     object.__setattr__(report, "largest_error", error)
@@ -155,6 +180,7 @@ def _base(
     if base is None:
         return None
     opened = open_checkpoint(base)
+    refuse_pending(opened)
     if architecture is None:
         try:
             architecture = explain_checkpoint(checkpoint).architecture.name
@@ -239,69 +265,15 @@ def _filter(
     return removed
 
 
-# changing the algorithm ----------------------------------------------------------------------------------------------
+# writing -----------------------------------------------------------------------------------------------------------
 
 
-def _refit(
-    adapter: Adapter,
-    algorithm: str,
-    rank: str | None,
-    weights: BaseWeights | None,
-    progress: Progress | None,
-) -> dict[str, float]:
-    """Replace every module by its fit in `algorithm`; returns the loss per module."""
-    losses: dict[str, float] = {}
-    modules = list(adapter.modules.items())
-    for done, (path, module) in enumerate(modules):
-        if progress is not None:
-            progress(done, len(modules), path)
-        if len(module.shape) < 2 or set(module.tensors()) <= {"bias"}:
-            continue
-        weight = None
-        if not module.additive:
-            if weights is None:
-                raise UnsupportedError(
-                    f"{path}: the change depends on the base weight ({_why(module)}). Pass --base CHECKPOINT."
-                )
-            weight = weights.weight(path)
-        elif weights is not None and weights.find(path) is not None:
-            weight = weights.weight(path)
-        if algorithm == "full":
-            fitted = _full(module, weight)
-        elif isinstance(module, LoRA) and rank is None and module.additive and module.mid is None:
-            continue
-        else:
-            try:
-                fitted = LoRA.fit(module, rank, weight)
-            except CannotFit as error:
-                raise CannotFit(f"{path}: {error}") from error
-        exact = module if module.additive else _full(module, weight)
-        losses[path] = difference(exact, fitted)
-        adapter.modules[path] = fitted
-    adapter.config = {
-        k: v for k, v in adapter.config.items() if k not in ("use_dora", "use_rslora")
-    }
-    return losses
-
-
-def _why(module: WeightAdapter) -> str:
-    return "a DoRA magnitude" if module.magnitude is not None else "a replaced weight"
-
-
-def _full(module: WeightAdapter, weight: torch.Tensor | None) -> Full:
-    common = {
-        "bias": module.bias,
-        "bias_is_value": module.bias_is_value,
-        "padded_shape": module.padded_shape,
-        "stored": module.stored,
-    }
-    return Full(diff=module.delta(weight).detach(), **common)
-
-
-def _cast(encoded: Encoded, dtype: torch.dtype) -> None:
-    """Cast the factors; alpha stays fp32, integers stay."""
+def _cast(encoded: Encoded, dtype: torch.dtype, source: Checkpoint) -> None:
+    """Cast the factors; alpha stays fp32, integers stay. What was read of `source` does not stay in memory."""
     for tensors in encoded.tensors.values():
-        for key, tensor in tensors.items():
+        for done, (key, tensor) in enumerate(tensors.items()):
+            if done % BATCH == 0:
+                source.release()
             if tensor.is_floating_point() and not key.endswith(".alpha") and tensor.dtype != dtype:
                 tensors[key] = tensor.detach().to(dtype)
 
@@ -444,39 +416,45 @@ def _staged(dst: Path) -> Iterator[Path]:
 def _prove(
     report: ConvertReport,
     adapter: Adapter,
+    source: Checkpoint,
     dst: Path,
     losses: Mapping[str, float],
     progress: Progress | None,
 ) -> float:
     """Reopen and decode `dst`, compare every module with the source; returns the largest relative error."""
     known = {c: list(adapter.of(c)) for c in adapter.components}
-    again = decode(open_adapter(dst), architecture=adapter.architecture, known=_plain(known))
+    written = open_adapter(dst)
+    again = decode(written, architecture=adapter.architecture, known=_plain(known))
     worst, worst_path = 0.0, ""
     over: list[str] = []
     modules = list(adapter.modules.items())
-    for done, (path, module) in enumerate(modules):
-        if progress is not None:
-            progress(done, len(modules), path)
-        back = again.modules.pop(path, None)
-        if back is None:
-            error = 0.0 if module.is_zero() else float("inf")
-        else:
-            error = difference(module, back)
-        limit = _roundoff(module, back)
-        if not error <= limit:
-            over.append(path)
-        if error > worst or error != error:
-            worst, worst_path = error, path
-        row = {
-            "module": path,
-            "algorithm": module.algorithm,
-            "rank": module.rank,
-            "scale": float(module.scale),
-            "error": error,
-        }
-        if losses:
-            row["loss"] = losses.get(path, 0.0)
-        report.modules.append(row)
+    pairs = [(module, again.modules.pop(path, None)) for path, module in modules]
+    batches = [pairs[n : n + BATCH] for n in range(0, len(pairs), BATCH)]
+    with (
+        ThreadPoolExecutor(2) as threads,
+        contextlib.closing(threads.map(_changes, batches)) as found,
+    ):
+        errors = (error for batch in found for error in batch)
+        for done, ((path, module), (_, back)) in enumerate(zip(modules, pairs, strict=True)):
+            if progress is not None:
+                progress(done, len(modules), path)
+            error = next(errors)
+            if done % BATCH == 0:
+                written.release()
+            if not error <= _roundoff(module, back):
+                over.append(path)
+            if error > worst or error != error:
+                worst, worst_path = error, path
+            row = {
+                "module": path,
+                "algorithm": module.algorithm,
+                "rank": module.rank,
+                "scale": float(module.scale),
+                "error": error,
+            }
+            if losses:
+                row["loss"] = losses.get(path, 0.0)
+            report.modules.append(row)
     extra = [p for p, m in again.modules.items() if not m.is_zero()]
     missing = [
         key for key in adapter.extras if key not in again.extras and key != "lora_controlnet"
@@ -487,6 +465,16 @@ def _prove(
     if losses:
         report.summary["largest loss of the fit"] = max(losses.values(), default=0.0)
     return worst
+
+
+def _changes(pairs: Sequence[tuple[WeightAdapter, WeightAdapter | None]]) -> list[float]:
+    """The relative change of each module; a module that was not written counts as zero."""
+    return [
+        difference(module, back)
+        if back is not None
+        else (0.0 if module.is_zero() else float("inf"))
+        for module, back in pairs
+    ]
 
 
 def _plain(known: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:

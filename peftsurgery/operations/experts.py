@@ -109,7 +109,7 @@ def _sides(record: WeightAdapter, count: int) -> tuple[int, int] | None:
     """(out, in) of one expert; None when the record cannot be folded into `count`."""
     if not isinstance(record, LoRA) or record.mid is not None or not record.additive:
         return None
-    if record.rank % count or record.up.ndim != 2:
+    if record.down.shape[0] % count or record.up.ndim != 2:
         return None
     return record.up.shape[0], record.down.shape[1]
 

@@ -11,12 +11,14 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from peftsurgery.checkpoint import Checkpoint, open_checkpoint
 from peftsurgery.checkpoint.writing import as_bytes
 from peftsurgery.errors import CheckFailed, Finding, UnsupportedError, UsageError
-from peftsurgery.operations.apply import Pipeline, Settings, Survival
+from peftsurgery.operations.apply import Pipeline, Settings, Survival, alternatives
+from peftsurgery.operations.inputs import DENSE, Inputs
 from peftsurgery.operations.journal import (
     check_untouched,
     journal_path,
@@ -26,20 +28,19 @@ from peftsurgery.operations.journal import (
     ranges_of,
     remove,
     roll_back,
+    sweep,
     sync_folder,
     unfinished,
 )
-from peftsurgery.operations.merge import (
-    DENSE,
-    Inputs,
+from peftsurgery.operations.merge import merge_words
+from peftsurgery.operations.merge_report import (
     MergeReport,
     describe,
-    merge_words,
     plan_rows,
     report_survival,
-    tile_that_differs,
 )
 from peftsurgery.operations.plan import Target
+from peftsurgery.operations.proof import tile_that_differs
 from peftsurgery.operations.undo import (
     Merge,
     Undo,
@@ -80,7 +81,7 @@ def merge_in_place(
         )
     )
     journal = pending(base)
-    if journal is not None and read_undo(journal).merge != words:
+    if journal is not None and not read_undo(journal).merge.same_as(words):
         raise UsageError(
             f"this is another merge ({words.adapters}, {words.options}) than the one begun. "
             + unfinished(base.source, read_undo(journal))
@@ -101,13 +102,18 @@ def merge_in_place(
     with locked(journal):
         record = read_undo(journal)
         root = root_of(base)
-        check_untouched(record, root)
+        paths = [root / file.path for file in record.files]
+        sweep(journal)
+        for index, path in enumerate(paths):
+            check_untouched(record, index, path)
         try:
             survival = _overwrite(inputs, settings, record, progress)
-            report_survival(report, survival, min_survival)
+            kept = _from_originals(inputs, record).values()
+            report_survival(report, survival, min_survival, partial(alternatives, kept, settings))
             digests = _prove(inputs, settings, record, full=full)
         except BaseException:
-            roll_back(record, root)
+            for index, path in enumerate(paths):
+                roll_back(record, index, path)
             remove(journal)
             raise
         record_merged(journal, record, digests)
@@ -126,6 +132,11 @@ def merge_in_place(
 def check_possible(inputs: Inputs, settings: Settings) -> None:
     """Raise UnsupportedError, naming the tensor or the file, for what cannot be done in place."""
     base = inputs.base.checkpoint
+    if inputs.restructured:
+        raise UnsupportedError(
+            f"{base.source}: the result has other tensors than the base ({inputs.findings[0].message}), which cannot be done "
+            "in place; use -o."
+        )
     for name, tensor in base.items():
         if tensor.file_range() is None:
             raise UnsupportedError(f"{tensor.path}: a pickle cannot be merged in place; use -o.")
@@ -154,7 +165,7 @@ def _is_done(undo: Path, base: Checkpoint, words: Merge) -> bool:
     if not undo.is_file():
         return False
     record = read_undo(undo)
-    if record.merge != words or len(record.files) != len(base.files):
+    if not record.merge.same_as(words) or len(record.files) != len(base.files):
         return False
     root = root_of(base)
     return all(

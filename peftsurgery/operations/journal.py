@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 
 from peftsurgery.checkpoint import Checkpoint, LazyTensor
@@ -35,7 +36,10 @@ def pending(checkpoint: Checkpoint) -> Path | None:
     for folder in sorted(folders | {folder.parent for folder in folders}):
         for journal in sorted(folder.glob(f"*{SUFFIX}")):
             undo = read_undo(journal)
-            if any((folder / file.path).resolve() in files for file in undo.files):
+            names = [file.path for file in undo.files]
+            if not undo.folder:  # one file, which may have been renamed since
+                names = [journal.name.removesuffix(SUFFIX)]
+            if any((folder / name).resolve() in files for name in names):
                 return journal
     return None
 
@@ -78,30 +82,24 @@ def locked(journal: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def check_heads(undo: Undo, root: Path) -> None:
-    """Raise CheckFailed unless every file below `root` has the size and the header the undo file knows."""
-    for index, file in enumerate(undo.files):
-        path, head = root / file.path, undo.head(index)
-        if not path.is_file():
-            raise CheckFailed(f"{path}: is missing; {undo.path} is about {file.path}.")
-        with open(path, "rb") as opened:
-            same = opened.read(len(head)) == head
-        if not same or path.stat().st_size != file.size:
-            raise CheckFailed(
-                f"{path}: is not the file that {undo.path} is about: its header or size differs."
-            )
+def has_head(undo: Undo, index: int, path: Path) -> bool:
+    """Whether a file has the size and the header that its base has."""
+    head = undo.head(index)
+    with open(path, "rb") as opened:
+        return opened.read(len(head)) == head and path.stat().st_size == undo.files[index].size
 
 
-def check_untouched(undo: Undo, root: Path) -> None:
-    """`check_heads`, and raise CheckFailed unless all bytes that the merge leaves alone are those of the base."""
-    check_heads(undo, root)
-    for index, file in enumerate(undo.files):
-        path = root / file.path
-        if digest_of(path, ranges_of(undo, index))[1] != file.rest:
-            raise CheckFailed(
-                f"{path}: tensors that the merge leaves alone are not those of the base {undo.path} is about; nothing was "
-                "changed."
-            )
+def check_untouched(undo: Undo, index: int, path: Path) -> None:
+    """Raise CheckFailed unless header, size and all bytes that the merge leaves alone are those of the base's file."""
+    if not has_head(undo, index, path):
+        raise CheckFailed(
+            f"{path}: is not the file that {undo.path} is about: its header or size differs; nothing was changed."
+        )
+    if digest_of(path, ranges_of(undo, index))[1] != undo.files[index].rest:
+        raise CheckFailed(
+            f"{path}: tensors that the merge leaves alone are not those of the base {undo.path} is about; nothing was "
+            "changed."
+        )
 
 
 def ranges_of(undo: Undo, index: int) -> list[tuple[int, int]]:
@@ -129,21 +127,24 @@ def _pwrite(fd: int, data: memoryview, offset: int) -> int:
     return os.write(fd, data)
 
 
-def roll_back(undo: Undo, root: Path, advance: Advance | None = None) -> None:
-    """Write the originals back into the files below `root` and prove each file by its digest.
+def roll_back(undo: Undo, index: int, path: Path, advance: Advance | None = None) -> None:
+    """Write the originals of one file back into it and prove it by its digest.
 
-    Raises CheckFailed when a file is another one, or has changed outside of the merge.
+    Raises CheckFailed, before anything is written, when it is another file or has changed outside of the merge.
     """
-    check_untouched(undo, root)
-    for index, file in enumerate(undo.files):
-        kept = originals(undo, index)
-        if kept:
-            overwrite(root / file.path, _read(kept, advance))
-        if digest_of(root / file.path)[0] != file.sha256:
-            raise CheckFailed(
-                f"{root / file.path}: the originals are back, but the file is not the base it was: something else changed "
-                f"it outside of the merge. {undo.path} was kept."
-            )
+    check_untouched(undo, index, path)
+    kept = originals(undo, index)
+    if kept:
+        overwrite(path, _read(kept, advance))
+    prove_base(undo, index, path)
+
+
+def prove_base(undo: Undo, index: int, path: Path) -> None:
+    """Raise CheckFailed unless the file is, byte for byte, the base's."""
+    if digest_of(path)[0] != undo.files[index].sha256:
+        raise CheckFailed(
+            f"{path}: restored, but its SHA-256 is not that of the base ({undo.files[index].path}). {undo.path} was kept."
+        )
 
 
 def _read(
@@ -153,6 +154,13 @@ def _read(
         yield offset, tensor.read()
         if advance is not None:
             advance(tensor.nbytes, tensor.name)
+
+
+def sweep(*targets: Path) -> None:
+    """Delete what killed runs left of files that were to get these names; call it with the lock held."""
+    for target in targets:
+        for part in target.parent.glob(f".{escape(target.name[:200])}.*.part"):
+            part.unlink(missing_ok=True)
 
 
 def remove(journal: Path) -> None:

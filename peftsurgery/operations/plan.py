@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from peftsurgery.adapter import Adapter, members
-from peftsurgery.algorithms import Replace, WeightAdapter
+from peftsurgery.algorithms import LoRA, Replace, WeightAdapter
 from peftsurgery.algorithms.slots import fit_shape
 from peftsurgery.checkpoint import LazyTensor
-from peftsurgery.codec.bases import BaseWeights, Stored
-from peftsurgery.errors import CheckFailed, nearest
-from peftsurgery.operations.strengths import Strength, block_name
+from peftsurgery.codec.bases import BaseWeights, Stored, flat_rows
+from peftsurgery.errors import CheckFailed, UnsupportedError, nearest
+from peftsurgery.operations.strengths import Strength, block_name, check_used
 
 
 @dataclass(frozen=True)
@@ -31,24 +32,45 @@ class Edit:
     modulus: int
     parameter: str = "weight"  # or "bias"
     transposed: bool = False  # the stored weight is the transpose of the home one
+    columns: int | None = None  # only the first ones, when another adapter widens the weight
 
 
 @dataclass
 class Target:
-    """A stored tensor and everything that changes it, in order."""
+    """A stored tensor and everything that changes it, in order.
+
+    Rows are counted with the first `lead` dimensions taken as one: 2 for stacked experts.
+    """
 
     name: str
     tensor: LazyTensor
     shape: tuple[int, ...]  # after the merge; padding and resized vocabularies change it
     edits: list[Edit] = field(default_factory=list)
+    lead: int = 1
 
     @property
     def columns(self) -> int:
         """Elements behind one row."""
-        count = 1
-        for n in self.shape[1:]:
-            count *= n
-        return count
+        return math.prod(self.shape[self.lead :])
+
+    @property
+    def rows(self) -> int:
+        """Number of rows after the merge."""
+        return math.prod(self.shape[: self.lead])
+
+    @property
+    def numel(self) -> int:
+        """Number of elements after the merge."""
+        return math.prod(self.shape)
+
+    @property
+    def resized(self) -> bool:
+        """Whether the merge changes the shape."""
+        return self.shape != tuple(self.tensor.shape)
+
+    def flat(self, tensor: LazyTensor) -> LazyTensor:
+        """A tensor of this shape (the base's or the result's) with rows as this target counts them."""
+        return flat_rows(tensor, self.lead)
 
 
 @dataclass
@@ -58,6 +80,7 @@ class MergePlan:
     targets: dict[str, Target]
     modules: int
     prefixes: dict[int, str]  # adapter -> prefix added to its paths to find them in the base
+    idle: dict[int, int] = field(default_factory=dict)  # adapter -> modules left out by strength 0
 
     @property
     def nbytes(self) -> int:
@@ -65,39 +88,48 @@ class MergePlan:
         return sum(target.tensor.nbytes for target in self.targets.values())
 
 
+class Misfit(Exception):
+    """A module does not land; the message says why."""
+
+
 def plan_merge(
     base: BaseWeights, adapters: Sequence[tuple[Adapter, Strength]], names: Sequence[str]
 ) -> MergePlan:
-    """Place every module of every adapter on the base.
+    """Place every module of every adapter on the base. A module of strength 0 is placed too, and then left out.
 
     Raises CheckFailed listing the modules without a place or with another shape, nearest names included: a merge lands
     completely or not at all.
     """
     targets: dict[str, Target] = {}
     problems: list[str] = []
-    prefixes: dict[int, str] = {}
-    count = 0
+    plan = MergePlan({}, 0, {})
     for index, (adapter, strength) in enumerate(adapters):
+        check_used(strength, adapter.modules, base.architecture.name, names[index])
         prefix = _prefix(base, adapter)
         if prefix:
-            prefixes[index] = prefix
+            plan.prefixes[index] = prefix
         for path, module in adapter.modules.items():
-            count += 1
+            plan.modules += 1
             t = strength.of(path, _block(base, path))
-            problem = _place(base, targets, index, path, prefix, module, t)
-            if problem:
-                problems.append(f"{names[index]}: {path}: {problem}")
+            if t == 0:
+                plan.idle[index] = plan.idle.get(index, 0) + 1
+            try:
+                for stored, edit in _edits(base, index, path, prefix, module, t):
+                    _add(targets if t else {}, stored, edit)
+            except Misfit as misfit:
+                problems.append(f"{names[index]}: {path}: {misfit}")
+    for target in targets.values():
+        problems += _settle(target, names)
     if problems:
         shown = "\n  ".join(problems[:8])
         more = f"\n  … and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise CheckFailed(
-            f"{len(problems)} of {count} modules do not land on the base; nothing was written.\n  {shown}{more}\n"
+            f"{len(problems)} of {plan.modules} modules do not land on the base; nothing was written.\n  {shown}{more}\n"
             "Give the base the adapters were trained on."
         )
     order = {name: i for i, name in enumerate(base.checkpoint)}
-    return MergePlan(
-        dict(sorted(targets.items(), key=lambda item: order[item[0]])), count, prefixes
-    )
+    plan.targets = dict(sorted(targets.items(), key=lambda item: order[item[0]]))
+    return plan
 
 
 def _block(base: BaseWeights, path: str) -> str | None:
@@ -115,11 +147,13 @@ def _prefix(base: BaseWeights, adapter: Adapter) -> str:
     `model.layers…` against `language_model.model.layers…`: tried only when not a single path is found as it stands.
     """
     paths = [path.partition(":") for path in adapter.modules]
-    if base.architecture.name != "llm" or any(
-        base.find(f"{c}:{part}") for c, _, p in paths for part in members(p)
+    if (
+        base.architecture.name != "llm"
+        or not paths
+        or any(base.find(f"{c}:{part}") for c, _, p in paths for part in members(p))
     ):
         return ""
-    component, _, first = paths[0]
+    first = paths[0][2]
     wanted = members(first)[0]
     for stored in base.stored:
         home = stored.partition(":")[2].removesuffix(".weight")
@@ -139,44 +173,39 @@ def prefixed(prefix: str, path: str) -> str:
     return path.removeprefix(prefix[1:]) if prefix.startswith("-") else prefix + path
 
 
-def _place(
-    base: BaseWeights,
-    targets: dict[str, Target],
-    index: int,
-    path: str,
-    prefix: str,
-    module: WeightAdapter,
-    strength: float,
-) -> str | None:
+# placing one module -------------------------------------------------------------------------------
+
+
+def _edits(
+    base: BaseWeights, index: int, path: str, prefix: str, module: WeightAdapter, strength: float
+) -> list[tuple[Stored, Edit]]:
+    """The edits of one module on its stored weights and biases. Raises Misfit."""
     component, _, inner = path.partition(":")
     parts = [prefixed(prefix, part) for part in members(inner)]
-    marked = inner.partition("~")[2]
+    marked = inner.partition("~")[2] == "swap_halves"
+    changes_weight = bool(set(module.tensors()) - {"bias"})
+    found: list[tuple[Stored, Edit]] = []
     row = 0
-    share = module.shape[0] // len(parts) if len(parts) > 1 else module.shape[0]
     for part in parts:
         home = f"{component}:{part}"
         weight = base.find(home)
-        bias = base.find(home, "bias")
-        own = set(module.tensors()) - {"bias"}
-        if own and weight is None:
-            return _missing(base, f"{home}.weight")
-        if weight is not None and len(parts) > 1:
-            share = _home_rows(weight)
-        rows = share
-        if own and weight is not None:
-            problem = _add(targets, index, path, module, strength, weight, row, rows, marked)
-            if problem:
-                return problem
+        if changes_weight and weight is None:
+            raise Misfit(_missing(base, f"{home}.weight"))
+        rows = module.shape[0]
+        if len(parts) > 1:
+            rows = weight.shape[0] if weight is not None else rows // len(parts)
+        if changes_weight and weight is not None:
+            found.append((weight, _on_weight(index, path, module, strength, weight, row, rows, marked)))
         if module.bias is not None:
-            if bias is None:
-                if bool((module.bias != 0).any()):
-                    return _missing(base, f"{home}.bias")
-            else:
-                _add_bias(targets, index, path, module, strength, bias, row, rows, marked)
+            bias = base.find(home, "bias")
+            if bias is not None:
+                found.append((bias, _on_bias(index, path, module, strength, bias, row, marked)))
+            elif bool((module.bias != 0).any()):
+                raise Misfit(_missing(base, f"{home}.bias"))
         row += rows
     if row != module.shape[0]:
-        return f"the change has {module.shape[0]} rows, the base {row}"
-    return None
+        raise Misfit(f"the change has {module.shape[0]} rows, the base {row}")
+    return found
 
 
 def _missing(base: BaseWeights, name: str) -> str:
@@ -185,22 +214,7 @@ def _missing(base: BaseWeights, name: str) -> str:
     return f"the base has no {name.partition(':')[2]!r}{hint}"
 
 
-def _home_rows(stored: Stored) -> int:
-    if len(stored.site.parts) == 1:
-        return stored.tensor.shape[0]
-    start, stop = stored.site.row_ranges(stored.tensor.shape[0])[stored.part]
-    return stop - start
-
-
-def _range(stored: Stored) -> tuple[int, int]:
-    rows = stored.tensor.shape[0] if stored.tensor.shape else 1
-    if len(stored.site.parts) == 1:
-        return 0, rows
-    return stored.site.row_ranges(rows)[stored.part]
-
-
-def _add(
-    targets: dict[str, Target],
+def _on_weight(
     index: int,
     path: str,
     module: WeightAdapter,
@@ -208,62 +222,103 @@ def _add(
     stored: Stored,
     row: int,
     rows: int,
-    marked: str,
-) -> str | None:
-    start, stop = _range(stored)
-    transposed = stored.site.operator == "transpose"
-    shape = tuple(stored.tensor.shape)
-    home = shape[::-1] if transposed else shape
-    wanted = (rows, *home[1:])
+    marked: bool,
+) -> Edit:
+    start, stop = stored.rows
+    home = stored.shape or (1,)
     own = module.shape if rows == module.shape[0] else (rows, *module.shape[1:])
-    resized = isinstance(module, Replace) and len(own) == len(home) and own[1:] == home[1:]
+    transposed = stored.site.operator == "transpose"
     if module.padded_shape is not None:
         grown = module.padded_shape
         if len(grown) != len(home) or any(a < b for a, b in zip(grown, home, strict=True)):
-            return f"it widens the weight to {list(grown)}, the base has {list(home)}"
-        shape = grown
-    elif resized and own[0] != home[0] and (start, stop) == (0, shape[0]):
-        shape, stop = tuple(module.shape), module.shape[0]
-    elif not fit_shape(own, (stop - start if not transposed else home[0], *home[1:])):
-        return f"the change has shape {list(own)}, the base {list(wanted)}"
-    swapped = (stored.site.operator == "swap_halves") != (marked == "swap_halves")
-    target = targets.setdefault(stored.name, Target(stored.name, stored.tensor, shape))
-    if target.shape != shape and tuple(target.tensor.shape) == target.shape:
-        target.shape = shape
+            raise Misfit(f"it widens the weight to {list(grown)}, the base has {list(home)}")
+        stop = grown[0]
+    elif isinstance(module, Replace) and not transposed and _whole(stored) and own[1:] == home[1:]:
+        if own[0] != home[0] and strength not in (0, 1):
+            raise Misfit(
+                f"it replaces {home[0]} rows by {own[0]}, which has no meaning at strength {strength:g}; use 1"
+            )
+        stop = own[0]
+    elif not fit_shape(own, (rows, *home[1:])) or home[0] != rows:
+        raise Misfit(f"the change has shape {list(own)}, the base {list(home)}")
+    if transposed and isinstance(module, LoRA) and module.additive and module.mid is None:
+        up, down = module.up.detach().flatten(1), module.down.detach().flatten(1)
+        module = LoRA(down.T, up.T, scale=module.scale)
+        transposed = False
+    swapped = (stored.site.operator == "swap_halves") != marked
     offset = row + (rows // 2 if swapped else 0)
-    target.edits.append(
-        Edit(
-            index, path, module, strength, start, stop, offset, module.shape[0], "weight", transposed
-        )
-    )
-    return None
+    modulus = module.shape[0]
+    return Edit(index, path, module, strength, start, stop, offset, modulus, "weight", transposed)
 
 
-def _add_bias(
-    targets: dict[str, Target],
+def _whole(stored: Stored) -> bool:
+    return stored.span is None and len(stored.site.parts) == 1
+
+
+def _on_bias(
     index: int,
     path: str,
     module: WeightAdapter,
     strength: float,
     stored: Stored,
     row: int,
-    rows: int,
-    marked: str,
-) -> None:
-    start, stop = _range(stored)
-    swapped = (stored.site.operator == "swap_halves") != (marked == "swap_halves")
-    target = targets.setdefault(
-        stored.name, Target(stored.name, stored.tensor, tuple(stored.tensor.shape))
-    )
-    offset = row + (rows // 2 if swapped else 0)
-    target.edits.append(
-        Edit(index, path, module, strength, start, stop, offset, module.shape[0], "bias")
-    )
+    marked: bool,
+) -> Edit:
+    start, stop = stored.rows
+    assert module.bias is not None
+    count = module.bias.numel()
+    if stop - start > count - row or (len(members(path)) == 1 and stop - start != count):
+        raise Misfit(f"the change of the bias has {count} values, the base {stop - start}")
+    swapped = (stored.site.operator == "swap_halves") != marked
+    offset = row + ((stop - start) // 2 if swapped else 0)
+    return Edit(index, path, module, strength, start, stop, offset, count, "bias")
 
 
-def adapters_of(target: Target) -> Mapping[int, int]:
-    """Adapter index -> number of its edits on a target."""
-    counts: dict[int, int] = {}
-    for edit in target.edits:
-        counts[edit.adapter] = counts.get(edit.adapter, 0) + 1
-    return counts
+# targets ------------------------------------------------------------------------------------------
+
+
+def _add(targets: dict[str, Target], stored: Stored, edit: Edit) -> None:
+    """Put an edit on its target; edits of one module on neighbouring rows become one."""
+    shape = tuple(stored.tensor.shape)
+    target = targets.get(stored.name)
+    if target is None:
+        target = targets[stored.name] = Target(stored.name, stored.tensor, shape, lead=stored.lead)
+    if target.lead != stored.lead:
+        raise UnsupportedError(
+            f"{stored.name!r}: changed as a whole by one adapter and expert by expert by another; merge them one after the "
+            "other."
+        )
+    if edit.parameter == "weight" and edit.module.padded_shape is not None:
+        target.shape = tuple(map(max, target.shape, edit.module.padded_shape))
+    elif _whole(stored) and edit.parameter == "weight" and edit.stop != shape[0]:
+        target.shape = (edit.stop, *target.shape[1:])
+    last = target.edits[-1] if target.edits else None
+    if (
+        last is not None
+        and last.module is edit.module
+        and (last.adapter, last.path, last.parameter) == (edit.adapter, edit.path, edit.parameter)
+        and last.stop == edit.start
+        and last.offset + last.stop - last.start == edit.offset
+    ):
+        target.edits[-1] = replace(last, stop=edit.stop)
+    else:
+        target.edits.append(edit)
+
+
+def _settle(target: Target, names: Sequence[str]) -> list[str]:
+    """Edits of adapters that know the weight by a smaller shape than another adapter gives it."""
+    problems: list[str] = []
+    if not target.resized:
+        return problems
+    for place, edit in enumerate(target.edits):
+        columns = math.prod(edit.module.padded_shape or edit.module.shape) // edit.module.shape[0]
+        if edit.parameter == "bias" or columns == target.columns:
+            continue
+        if edit.module.additive and len(target.shape) == 2:
+            target.edits[place] = replace(edit, columns=columns)
+        else:
+            problems.append(
+                f"{names[edit.adapter]}: {edit.path}: looks at a weight of {columns} columns, which another adapter widens "
+                f"to {target.columns}"
+            )
+    return problems

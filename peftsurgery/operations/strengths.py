@@ -2,24 +2,27 @@
 
     FILE=0.8                        every module
     FILE=unet:0.8,text_encoder:0.5  per component; components not named get 0
-    FILE@MAP.json                   patterns of module paths -> strength, first match wins, "*" the rest
-    block weights                   12, 17, 20 or 26 numbers, as the Kohya block-weight lists
+    FILE=@MAP.json                  patterns of module paths -> strength, first match wins, "*" the rest; or
+                                    12, 17, 20 or 26 block weights, as the Kohya block-weight lists
 
-The lists (sd-scripts `networks/svd_merge_lora.py`, and the LBW extension they come from): 17 and 26 name every block of
-SD1.x, 12 and 20 every block of SDXL; the short forms of each family leave out blocks without attention.
+The lists (sd-scripts `networks/svd_merge_lora.py`, after the LoRA Block Weight extension): 17 and 26 numbers name blocks of
+SD1.x and SD2.x, 12 and 20 blocks of SDXL; the short ones leave out blocks without attention. BASE is the text encoders.
+Modules outside the blocks of a list keep the full strength.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from peftsurgery.errors import UsageError
+from peftsurgery.errors import UsageError, nearest
 
 # order of the numbers: BASE (text encoders), IN…, MID, OUT…, as ldm block indices
+FAMILIES = {17: ("sd1", "sd2"), 26: ("sd1", "sd2"), 12: ("sdxl",), 20: ("sdxl",)}
 SD_ALL = (
     "BASE",
     *(f"IN{i:02}" for i in range(12)),
@@ -49,13 +52,19 @@ class Strength:
         component = path.partition(":")[0]
         result = self.value
         if self.components:
-            result *= self.components.get(component, 0.0)
-        if self.blocks:
-            result *= self.blocks.get(block or "", 1.0 if block is None else 0.0)
+            result *= self.components.get(component, 0.0)  # a name without a strength was left out on purpose
+        if self.blocks and block is not None:
+            result *= self.blocks.get(block, 1.0)
         for pattern, value in self.patterns.items():
             if path == pattern or fnmatch.fnmatchcase(path, pattern):
                 return result * value
         return 0.0 if self.patterns else result
+
+    def __post_init__(self) -> None:
+        numbers = {"": self.value, **self.components, **self.patterns, **self.blocks}
+        for name, number in numbers.items():
+            if not math.isfinite(number):
+                raise UsageError(f"strength {number} {name}: expected a finite number.".replace("  ", " "))
 
     def __str__(self) -> str:
         text = f"{self.value:g}"
@@ -64,6 +73,31 @@ class Strength:
         if self.blocks:
             text += f" x {len(self.blocks)} block weights"
         return text + (f" x {len(self.patterns)} patterns" if self.patterns else "")
+
+
+def check_used(strength: Strength, paths: Iterable[str], family: str, name: str) -> None:
+    """Refuse a component, pattern or block list that this adapter has no module for. Raises UsageError."""
+    paths = list(paths)
+    present = sorted({path.partition(":")[0] for path in paths})
+    for component in strength.components:
+        if component not in present:
+            raise UsageError(
+                f"{name}: has no component {component!r}; it has {', '.join(present)}."
+            )
+    for pattern in strength.patterns:
+        if not any(fnmatch.fnmatchcase(path, pattern) or path == pattern for path in paths):
+            close = nearest(pattern.strip("*"), paths, n=2)
+            hint = f" (closest: {', '.join(map(repr, close))})" if close else ""
+            raise UsageError(f"{name}: no module matches the strength pattern {pattern!r}{hint}.")
+    if strength.blocks:
+        counts = [n for n, names in BLOCK_LISTS.items() if tuple(strength.blocks) == names]
+        known = sorted(n for n, families in FAMILIES.items() if family in families)
+        if not known:
+            raise UsageError(f"{name}: block weights are for SD1.x, SD2.x and SDXL, not for {family}.")
+        if counts and counts[0] not in known:
+            raise UsageError(
+                f"{name}: {counts[0]} block weights are not for {family}; expected {' or '.join(map(str, known))}."
+            )
 
 
 def parse(text: str) -> tuple[str, Strength]:
@@ -75,7 +109,7 @@ def parse(text: str) -> tuple[str, Strength]:
         return source, from_mapping(Path(tail[1:]))
     try:
         return source, _numbers(tail)
-    except ValueError:
+    except (ValueError, OverflowError):
         if "/" in tail or "\\" in tail or tail.endswith(".safetensors"):
             return text, Strength()
         raise UsageError(
@@ -99,7 +133,7 @@ def from_mapping(path: Path) -> Strength:
         raise UsageError(f"{path}: cannot be read as a strength mapping: {error}") from error
     if isinstance(data, list):
         return Strength(1.0, blocks=block_weights(data, str(path)))
-    if isinstance(data, dict) and all(isinstance(v, int | float) for v in data.values()):
+    if isinstance(data, dict) and all(map(_number, data.values())):
         return Strength(1.0, patterns={str(k): float(v) for k, v in data.items()})
     raise UsageError(
         f"{path}: expected a mapping of patterns to numbers, or a list of {_lengths()} numbers."
@@ -111,10 +145,14 @@ def block_weights(values: Sequence[object], where: str) -> dict[str, float]:
     names = BLOCK_LISTS.get(len(values))
     if names is None:
         raise UsageError(f"{where}: {len(values)} block weights; expected {_lengths()}.")
-    numbers = [v for v in values if isinstance(v, int | float)]
+    numbers = [v for v in values if isinstance(v, int | float) and _number(v)]
     if len(numbers) != len(values):
         raise UsageError(f"{where}: block weights must be numbers.")
     return dict(zip(names, map(float, numbers), strict=True))
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _lengths() -> str:

@@ -18,13 +18,18 @@ from peftsurgery.adapter import Adapter
 from peftsurgery.algorithms import WeightAdapter
 from peftsurgery.checkpoint import Checkpoint, LazyTensor
 from peftsurgery.errors import Finding, UnsupportedError, UsageError
+from peftsurgery.operations.plan import Target
 
 TIED = ("error", "both", "untie")
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _LAYER = re.compile(r"(?P<head>(?:[A-Za-z_]\w*\.)*?(?:layers|layer|h))\.(?P<index>\d+)\.(?P<rest>.+)")
 _EMBEDDING = re.compile(r"(?P<head>.*?)(?P<name>embed_tokens|wte|word_embeddings|embed_in|shared)\.weight")
 _HEADS = {"embed_in": "embed_out"}  # GPT-NeoX; everybody else says lm_head
+TIE = "tie_word_embeddings"
 _GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+
+Touch = tuple[str, WeightAdapter]  # path and module of one side of a tied pair
 
 
 @dataclass(frozen=True)
@@ -176,7 +181,7 @@ def tied_pair(base: Checkpoint) -> Pair | None:
     heads = [name for name in base if name == f"{leaf}.weight" or name.endswith(f".{leaf}.weight")]
     said = None
     if base.config is not None:
-        said = next((p[k] for p in _parts(dict(base.config)) for k in (TIE,) if k in p), None)
+        said = next((part[TIE] for part in _parts(dict(base.config)) if TIE in part), None)
     if len(heads) == 1:
         head = heads[0].removesuffix(".weight")
         return Pair(embedding, head, True) if said is True else None
@@ -186,9 +191,6 @@ def tied_pair(base: Checkpoint) -> Pair | None:
     if heads or said is False or not (named or wrapped):
         return None
     return Pair(embedding, leaf, False)
-
-
-TIE = "tie_word_embeddings"
 
 
 def tied(
@@ -225,11 +227,7 @@ def tied(
                 f"change it for both, or --tied untie to leave {other} as it is and write the two apart."
             )
         result.append(_on_embedding(adapter, embedding, head, pair))
-    found = _without_copy(base, pair)
-    return Structure(found, result, config)
-
-
-Touch = tuple[str, WeightAdapter]
+    return Structure(_as_tied(base, pair), result, config)
 
 
 def _touched(adapter: Adapter, pair: Pair | None) -> tuple[Touch | None, Touch | None]:
@@ -241,8 +239,7 @@ def _touched(adapter: Adapter, pair: Pair | None) -> tuple[Touch | None, Touch |
         inner = path.partition(":")[2]
         for index, wanted in enumerate((pair.embedding, pair.head)):
             if inner == wanted or inner.endswith("." + wanted) or wanted.endswith("." + inner):
-                if "." in inner or inner == wanted:
-                    sides[index] = (path, module)
+                sides[index] = (path, module)
     return sides[0], sides[1]
 
 
@@ -260,23 +257,24 @@ def _alike(a: WeightAdapter, b: WeightAdapter) -> bool:
 def _on_embedding(
     adapter: Adapter, embedding: Touch | None, head: Touch | None, pair: Pair
 ) -> Adapter:
-    """The adapter with its change of the head made to the embedding."""
-    if head is None:
+    """The adapter with its change on the shared tensor, and on the copy of it where the base stores one."""
+    one = embedding or head
+    if one is None:
         return adapter
-    modules = dict(adapter.modules)
-    moved = modules.pop(head[0])
-    if embedding is None:
-        component = head[0].partition(":")[0]
-        modules[f"{component}:{pair.embedding}"] = moved
+    modules = {path: m for path, m in adapter.modules.items() if head is None or path != head[0]}
+    component = one[0].partition(":")[0]
+    modules[embedding[0] if embedding else f"{component}:{pair.embedding}"] = one[1]
+    if pair.stored:
+        modules[head[0] if head else f"{component}:{pair.head}"] = one[1]
     return replace(adapter, modules=modules)
 
 
-def _without_copy(base: Checkpoint, pair: Pair) -> Checkpoint:
-    """A head that is stored although it is tied would disagree with the changed embedding: it follows it."""
+def _as_tied(base: Checkpoint, pair: Pair) -> Checkpoint:
+    """The base as a loader sees it: a head stored although it is tied holds what the embedding holds."""
     if not pair.stored:
         return base
     name = f"{pair.head}.weight"
-    return with_tensors(base, {key: tensor for key, tensor in base.items() if key != name})
+    return with_tensors(base, {**base, name: renamed(base[f"{pair.embedding}.weight"], name)})
 
 
 def _untied(
@@ -302,6 +300,19 @@ def _untied(
 
 
 # vocabularies -------------------------------------------------------------------------------------
+
+
+def embedding_rows(base: Checkpoint, targets: Mapping[str, Target]) -> dict[str, tuple[int, int]]:
+    """Rows (before, after) of the embedding and the head of a language model; empty when there is no single embedding."""
+    found = [match for name in base if (match := _EMBEDDING.fullmatch(name))]
+    if base.kind == "pipeline" or len(found) != 1:
+        return {}
+    leaf = _HEADS.get(found[0]["name"], "lm_head")
+    names = [found[0][0], *(n for n in base if n == f"{leaf}.weight" or n.endswith(f".{leaf}.weight"))]
+    return {
+        name: (base[name].shape[0], targets[name].shape[0] if name in targets else base[name].shape[0])
+        for name in names
+    }
 
 
 def with_vocabulary(

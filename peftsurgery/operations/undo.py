@@ -72,6 +72,10 @@ class Merge:
     options: str
     in_place: bool = False
 
+    def same_as(self, other: Merge) -> bool:
+        """Whether the result is the same; the files of the adapters may have moved."""
+        return (self.plan, self.in_place) == (other.plan, other.in_place)
+
 
 @dataclass(frozen=True)
 class Undo:
@@ -145,6 +149,15 @@ def _module_digest(module: WeightAdapter) -> bytes:
 # writing ------------------------------------------------------------------------------------------
 
 
+def check_undoable(base: Checkpoint) -> None:
+    """Raise UnsupportedError for a base that no undo file can restore."""
+    if any(tensor.file_range() is None for tensor in base.values()):
+        raise UnsupportedError(
+            f"{base.source}: a pickle cannot be restored bit for bit from safetensors; convert the base first, or leave "
+            "--undo out."
+        )
+
+
 def write_undo(
     path: Path,
     base: Checkpoint,
@@ -159,11 +172,7 @@ def write_undo(
     changed: names of the tensors the merge changes. merged: the finished result, a file or a folder laid out like the
     base; None for a merge in place, whose digests are added at its end (`record_merged`).
     """
-    if any(tensor.file_range() is None for tensor in base.values()):
-        raise UnsupportedError(
-            f"{base.source}: a pickle cannot be restored bit for bit from safetensors; convert the base first, or leave "
-            "--undo out."
-        )
+    check_undoable(base)
     root = root_of(base)
     index = {file: number for number, file in enumerate(base.files)}
     tensors: dict[str, LazyTensor | np.ndarray] = {}

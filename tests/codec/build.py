@@ -87,6 +87,49 @@ def read(path: Path) -> dict[str, np.ndarray]:
     return {k: t.double().numpy() for k, t in load_file(path).items()}
 
 
+# (listing, prefix in it, prefix of the Kohya file) of each component; the listings name real checkpoints
+FULL_KOHYA = {
+    "sd1 ldm": (
+        ("base__sdmecha_sd1-ldm", "model.diffusion_model.", "lora_unet_"),
+        ("base__sdmecha_sd1-ldm", "cond_stage_model.transformer.", "lora_te_"),
+    ),
+    "sd1 hf": (
+        ("base__sdmecha_sd1-kohya", "unet.", "lora_unet_"),
+        ("base__sdmecha_sd1-kohya", "te.", "lora_te_"),
+    ),
+    "sd2 hf": (
+        ("base__diffusers_sd21_unet", "", "lora_unet_"),
+        ("base__transformers_clip_h", "", "lora_te_"),
+    ),
+    "sdxl ldm": (
+        ("base__sdmecha_sdxl-kohya", "unet.", "lora_unet_"),
+        ("base__sdmecha_sdxl-kohya", "te1.", "lora_te1_"),
+        ("base__sdmecha_sdxl-kohya", "te2.", "lora_te2_"),
+    ),
+    "sdxl hf": (
+        ("base__sdmecha_sdxl-kohya_but_diffusers", "unet.", "lora_unet_"),
+        ("base__sdmecha_sdxl-kohya_but_diffusers", "te1.", "lora_te1_"),
+        ("base__sdmecha_sdxl-kohya_but_diffusers", "te2.", "lora_te2_"),
+    ),
+}
+
+
+def full_kohya(style: str, *, rank: int = 2, divisor: int = 32) -> Shapes:
+    """A Kohya LoRA on every linear and convolution of a real checkpoint, `divisor` times narrower."""
+    result: Shapes = {}
+    for name, prefix, written in FULL_KOHYA[style]:
+        for key, shape in narrowed(shapes_of(name), divisor).items():
+            module = key.removeprefix(prefix).removesuffix(".weight")
+            wanted = key.startswith(prefix) and key.endswith(".weight") and len(shape) >= 2
+            if not wanted or "embedding" in module.rpartition(".")[2]:
+                continue
+            flat = written + module.replace(".", "_")
+            result[f"{flat}.lora_down.weight"] = (rank, *shape[1:])
+            result[f"{flat}.lora_up.weight"] = (shape[0], rank, *[1] * (len(shape) - 2))
+            result[f"{flat}.alpha"] = ()
+    return result
+
+
 def lora_product(up: np.ndarray, down: np.ndarray, mid: np.ndarray | None = None) -> np.ndarray:
     """up @ down, with the Tucker core between them; (o, i·k)."""
     up = up.reshape(up.shape[0], -1)

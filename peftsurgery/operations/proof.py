@@ -1,0 +1,68 @@
+"""The proof of a merge: what was written is recomputed and compared, byte by byte."""
+
+from __future__ import annotations
+
+import torch
+
+from peftsurgery.checkpoint import Checkpoint, LazyTensor
+from peftsurgery.checkpoint.dtypes import torch_dtype
+from peftsurgery.checkpoint.writing import as_bytes
+from peftsurgery.operations.apply import Renderer, Settings, output_dtype, spans
+from peftsurgery.operations.inputs import DENSE, Inputs
+from peftsurgery.operations.plan import Target
+
+
+def differences(
+    inputs: Inputs, settings: Settings, written: Checkpoint, *, full: bool
+) -> list[str]:
+    """Names of tensors of `written` that are not what the merge gives, with the reason."""
+    base, problems = inputs.base.checkpoint, []
+    names = set(base) | set(written)
+    for name in sorted(names):
+        if name not in written or name not in base:
+            problems.append(f"{name!r} (only in {'the result' if name in written else 'the base'})")
+            continue
+        target = inputs.plan.targets.get(name)
+        if target is None:
+            if not _equal(base[name], written[name], settings):
+                problems.append(f"{name!r} (untouched, but its bytes changed)")
+            continue
+        rows = tile_that_differs(target, settings, written[name], full=full)
+        if rows is not None:
+            problems.append(f"{name!r} (rows {rows})")
+    return problems
+
+
+def tile_that_differs(
+    target: Target, settings: Settings, found: LazyTensor, *, full: bool
+) -> str | None:
+    """The first rows of `found` that are not what the merge gives, of the middle tile or of all; None when there are none."""
+    if (found.dtype, tuple(found.shape)) != (output_dtype(target, settings), target.shape):
+        return f"of {found.dtype} {list(found.shape)}, not {output_dtype(target, settings)} {list(target.shape)}"
+    renderer = Renderer(target, settings)
+    tiles = spans(target)
+    flat = target.flat(found)
+    for start, stop in tiles if full else [tiles[len(tiles) // 2]]:
+        expected, _ = renderer.tile(start, stop)
+        part = flat.rows(start, stop) if flat.shape else flat
+        if as_bytes(expected) != part.read():
+            return f"{start}:{stop}"
+    return None
+
+
+def _equal(before: LazyTensor, after: LazyTensor, settings: Settings) -> bool:
+    if tuple(before.shape) != tuple(after.shape):
+        return False
+    dtype = written_dtype(before, settings)
+    if dtype != after.dtype:
+        return False
+    if dtype != before.dtype:
+        return torch.equal(before.torch().to(torch_dtype(dtype)), after.torch())
+    return before.read() == after.read()
+
+
+
+
+def written_dtype(tensor: LazyTensor, settings: Settings) -> str:
+    """The dtype a tensor is written in: integers and packed types stay as they are."""
+    return settings.dtype if settings.dtype and tensor.dtype in DENSE else tensor.dtype

@@ -1,0 +1,304 @@
+"""unmerge: turn a merged checkpoint back into its base, bit for bit, from the undo file of the merge.
+
+    file_i of the base = header_i, then every tensor by offset: its original where the merge changed it, else as it stands
+
+Before: the checkpoint must be the one the merge wrote, by SHA-256. After: every file must be the base's, by SHA-256.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from peftsurgery.checkpoint import Checkpoint, LazyTensor, open_checkpoint, sha256_of
+from peftsurgery.checkpoint.writing import Sink
+from peftsurgery.codec.files import publish
+from peftsurgery.errors import CheckFailed, Finding, UsageError
+from peftsurgery.operations.in_place import copy_durably
+from peftsurgery.operations.journal import (
+    Advance,
+    check_untouched,
+    has_head,
+    journal_path,
+    locked,
+    pending,
+    prove_base,
+    remove,
+    roll_back,
+    sweep,
+    sync_folder,
+    unfinished,
+)
+from peftsurgery.operations.merge import check_output, staged_beside
+from peftsurgery.operations.undo import Undo, originals, read_undo, root_of
+from peftsurgery.reports import Progress, Report
+
+
+@dataclass(frozen=True)
+class UnmergeReport(Report):
+    """Report of an unmerge; `inputs` and the table "files" hold the digests before and after."""
+
+
+def unmerge(
+    merged: str | Path,
+    undo: str | Path,
+    dst: str | Path | None = None,
+    *,
+    in_place: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> UnmergeReport:
+    """Restore the base of `merged` to `dst`, or into the files of `merged` themselves (`in_place`).
+
+    undo: what `merge --undo` wrote, or the journal of an interrupted merge in place. An interrupted unmerge in place is
+    finished by the same call.
+
+    Raises CheckFailed, naming the files, when `merged` is not what the merge wrote or the result is not the base (then
+    nothing is kept); UsageError for an undo file that is none, or a journal of another merge.
+    """
+    if in_place == (dst is not None):
+        raise UsageError("unmerge writes either to an output (-o DST) or --in-place; give one of the two.")
+    record = read_undo(undo)
+    checkpoint = open_checkpoint(merged)
+    paths = _paths(record, checkpoint)
+    journal = pending(checkpoint)
+    if journal is not None and not read_undo(journal).same_as(record):
+        raise UsageError(unfinished(checkpoint.source, read_undo(journal)))
+    report = UnmergeReport("unmerge")
+    states = _states(record, paths, halfway=journal is not None or record.merged(0) is None)
+    _describe(report, record, checkpoint, states)
+    if dry_run:
+        report.summary["written"] = "nothing (--dry-run)"
+        return report
+    if dst is not None:
+        _to(Path(dst), record, checkpoint, paths, overwrite, progress, report)
+    elif journal is None and set(states) == {"base"}:
+        report.summary["written"] = "nothing: it is the base already"
+    else:
+        _in_place(record, checkpoint, paths, journal, progress, report)
+    return report
+
+
+def _paths(record: Undo, checkpoint: Checkpoint) -> list[Path]:
+    """The file of the merged checkpoint for every file of the base."""
+    if not record.folder:
+        if len(checkpoint.files) != 1:
+            raise CheckFailed(
+                f"{checkpoint.source}: has {len(checkpoint.files)} weight files; {record.path} is about one file, "
+                f"{record.base}."
+            )
+        return list(checkpoint.files)
+    root = root_of(checkpoint)
+    paths = [root / file.path for file in record.files]
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        raise CheckFailed(
+            f"{checkpoint.source}: is not the checkpoint {record.path} is about; it has no {', '.join(missing[:4])}."
+        )
+    return paths
+
+
+def _states(record: Undo, paths: list[Path], *, halfway: bool) -> list[str]:
+    """What every file is: "merged", "base", or "halfway" (some of its touched tensors overwritten)."""
+    states: list[str] = []
+    wrong: list[str] = []
+    for index, path in enumerate(paths):
+        digest = sha256_of(path)
+        if digest == record.merged(index):
+            states.append("merged")
+        elif digest == record.files[index].sha256:
+            states.append("base")
+        elif halfway:
+            check_untouched(record, index, path)
+            states.append("halfway")
+        else:
+            wrong.append(f"{path} (SHA-256 {digest[:12]}…, expected {record.merged(index) or '?'})")
+    if wrong:
+        raise CheckFailed(
+            f"{len(wrong)} of {len(paths)} files are not what the merge wrote, so {record.path} does not belong to them or "
+            f"they changed since: {'; '.join(wrong[:4])}."
+        )
+    return states
+
+
+# to an output -------------------------------------------------------------------------------------
+
+
+def _to(
+    dst: Path,
+    record: Undo,
+    checkpoint: Checkpoint,
+    paths: list[Path],
+    overwrite: bool,
+    progress: Progress | None,
+    report: UnmergeReport,
+) -> None:
+    check_output(checkpoint, dst, overwrite)
+    if dst.resolve() == record.path.resolve():
+        raise UsageError(f"{dst}: is the undo file itself. Give another output path.")
+    advance = _counter(progress, sum(file.size for file in record.files))
+    with staged_beside(dst, folder=record.folder) as staged:
+        for index, path in enumerate(paths):
+            place = staged / record.files[index].path if record.folder else staged
+            place.parent.mkdir(parents=True, exist_ok=True)
+            _rebuild(record, index, path, place, advance)
+        if record.folder:
+            _restore_sides(record, root_of(checkpoint), staged, only_kept=False)
+        report.outputs.extend(str(path) for path in publish(staged, dst, overwrite=overwrite))
+    report.summary["check"] = "every file is the base's by SHA-256"
+
+
+def _rebuild(record: Undo, index: int, source: Path, place: Path, advance: Advance) -> None:
+    """Write one file of the base to `place`, on disk and proved by its digest."""
+    header = record.header(index)
+    found = open_checkpoint(source)
+    fd = os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        sink = Sink(fd)
+        sink.write(memoryview(record.head(index)))
+        for name, info in sorted(header.tensors.items(), key=lambda item: item[1][2:]):
+            tensor = record.original(index, name) or _untouched(found, name, info.dtype, info.shape)
+            span = tensor.file_range()
+            assert span is not None
+            sink.copy(tensor.file, *span)
+            advance(tensor.nbytes, name)
+        sink.flush()
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    prove_base(record, index, place)
+
+
+def _untouched(
+    found: Checkpoint, name: str, dtype: str, shape: tuple[int, ...]
+) -> LazyTensor:
+    tensor = found.get(name)
+    if tensor is None or (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
+        what = f"{tensor.dtype} {list(tensor.shape)}" if tensor is not None else "missing"
+        raise CheckFailed(f"{found.source}: {name!r} is {what}; expected {dtype} {list(shape)}.")
+    return tensor
+
+
+def _restore_sides(record: Undo, source: Path, target: Path, *, only_kept: bool) -> None:
+    """Side files: from the undo file, or from the merged folder where they must be as they were."""
+    for number, side in enumerate(record.sides):
+        place = target / side.path
+        if side.kept:
+            if place.is_file() and sha256_of(place) == side.sha256:
+                continue
+            place.parent.mkdir(parents=True, exist_ok=True)
+            temporary = place.with_name(f".{place.name[:200]}.{secrets.token_hex(6)}.part")
+            try:
+                temporary.write_bytes(record.checkpoint[f"side/{number}"].read())
+                copy_durably(temporary, place)
+            finally:
+                temporary.unlink(missing_ok=True)
+        elif not only_kept:
+            if not (source / side.path).is_file() or sha256_of(source / side.path) != side.sha256:
+                raise CheckFailed(
+                    f"{source / side.path}: is missing or changed since the merge, and too large for the undo file to hold."
+                )
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / side.path, place)
+
+
+# in place -----------------------------------------------------------------------------------------
+
+
+def _in_place(
+    record: Undo,
+    checkpoint: Checkpoint,
+    paths: list[Path],
+    journal: Path | None,
+    progress: Progress | None,
+    report: UnmergeReport,
+) -> None:
+    for path in paths:
+        if path.is_symlink():
+            raise UsageError(f"{path}: is a symbolic link; give the path of the file itself, or -o.")
+    if journal is None:
+        journal = journal_path(checkpoint)
+        try:
+            os.link(record.path, journal)
+        except OSError:  # no links here, or another file system
+            copy_durably(record.path, journal)
+        sync_folder(journal.parent)
+    total = sum(t.nbytes for index in range(len(paths)) for t in originals(record, index).values())
+    advance = _counter(progress, total)
+    with locked(journal):
+        sides = [root_of(checkpoint) / side.path for side in record.sides]
+        sweep(journal, *paths, *sides)
+        for index, path in enumerate(paths):
+            if has_head(record, index, path):
+                roll_back(record, index, path, advance)
+            elif sha256_of(path) == record.merged(index):
+                _replace(record, index, path, advance)
+        if record.folder:
+            root = root_of(checkpoint)
+            _restore_sides(record, root, root, only_kept=True)
+        for index, path in enumerate(paths):
+            prove_base(record, index, path)
+        remove(journal)
+    report.outputs.extend(map(str, paths))
+    report.summary["check"] = "every file is the base's by SHA-256"
+
+
+def _replace(record: Undo, index: int, path: Path, advance: Advance) -> None:
+    """A file whose header the merge changed: the base's is written beside it and renamed over it."""
+    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(6)}.part")
+    try:
+        _rebuild(record, index, path, temporary, advance)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _counter(progress: Progress | None, total: int) -> Advance:
+    done = 0
+
+    def advance(count: int, name: str) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(min(done, total), total, name)
+
+    return advance
+
+
+# the report ---------------------------------------------------------------------------------------
+
+
+def _describe(report: UnmergeReport, record: Undo, checkpoint: Checkpoint, states: list[str]) -> None:
+    kept = [originals(record, index) for index in range(len(record.files))]
+    report.summary.update(
+        {
+            "merged": checkpoint.source,
+            "base": record.base,
+            "undoes": f"{record.merge.adapters} ({record.merge.options})",
+            "tensors restored": sum(map(len, kept)),
+            "bytes restored": sum(t.nbytes for found in kept for t in found.values()),
+        }
+    )
+    report.tables["files"] = [
+        {"file": file.path, "was": state, "restored tensors": len(found), "sha256": file.sha256}
+        for file, state, found in zip(record.files, states, kept, strict=True)
+    ]
+    for file, found in zip(record.files, kept, strict=True):
+        for tensor in found.values():
+            name = tensor.name.split("/", 2)[2]
+            shape = "x".join(map(str, tensor.shape))
+            report.modules.append(
+                {"tensor": name, "file": file.path, "shape": shape, "dtype": tensor.dtype}
+            )
+    if record.left_out:
+        report.findings.append(
+            Finding(
+                "info", "not-restored", f"files the merge did not copy: {', '.join(record.left_out[:8])}"
+            )
+        )
+

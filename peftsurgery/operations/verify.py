@@ -1,0 +1,329 @@
+"""verify: is a merged checkpoint, whoever wrote it, really base + adapters?
+
+    |F - round(W + Δ)| within a unit in the last place, for every touched tensor; F = round(W) for all others
+
+The plan and the arithmetic are those of `merge`; only what counts as equal is wider, because other tools round more often.
+Tensors are found by their stored name, or through the architecture's table where the file uses another vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from peftsurgery.adapter import Adapter
+from peftsurgery.checkpoint import Checkpoint, open_checkpoint
+from peftsurgery.errors import Finding, UnsupportedError
+from peftsurgery.operations.apply import Renderer, Settings, spans
+from peftsurgery.operations.comparing import MANTISSA, SAME_STRENGTH, Comparison, compare
+from peftsurgery.operations.facing import Facing, leftovers
+from peftsurgery.operations.inputs import Inputs, open_inputs
+from peftsurgery.operations.journal import refuse_pending
+from peftsurgery.operations.plan import Target
+from peftsurgery.operations.strengths import Strength
+from peftsurgery.reports import Progress, Report, Row
+
+PACKED = (  # last parts of names that packed weights come with
+    "absmax", "qweight", "SCB", "weight_packed", "scale_weight", "weight_scale", "weight_scale_inv", "_blocks",
+)  # fmt: skip
+NEGLIGIBLE = 0.01  # of ||Δ||²; so much may stay undecided beside a clear yes
+
+
+@dataclass(frozen=True)
+class VerifyReport(Report):
+    """Report of a verification. `answer` is "yes", "no" or "undecided"; the exit code 0, 1 or 3.
+
+    strengths: adapter -> the strength its change is found with, over all modules that are not as asked.
+    """
+
+    answer: str = "undecided"
+    strengths: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def exit_code(self) -> int:
+        """0 yes, 1 no, 3 it cannot be decided."""
+        return {"yes": 0, "no": 1}.get(self.answer, 3)
+
+
+def verify(
+    merged: str | Path,
+    base: str | Path,
+    adapters: Sequence[tuple[str | Path | Adapter, float | Strength]],
+    *,
+    architecture: str | None = None,
+    relative_to: str = "current",
+    allow_pickle: bool = False,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Say whether `merged` is `base` with `adapters` (source, strength) merged in that order.
+
+    `merged` may have another number type, sharding or vocabulary than `base`. Every touched tensor is computed again and
+    compared to one unit in the last place of its number type, and its effective strength is estimated; every other tensor
+    must be the base's, rounded to the number type of the file.
+
+    Raises UnsupportedError for packed (quantized) weights, and what opening and placing raise; a "no" is no error.
+    """
+    inputs = open_inputs(
+        base, adapters, architecture=architecture, allow_pickle=allow_pickle
+    )
+    checkpoint = open_checkpoint(merged, allow_pickle=allow_pickle)
+    refuse_pending(checkpoint)
+    _refuse_packed(checkpoint)
+    report = VerifyReport("verify")
+    for adapter, _ in inputs.adapters:
+        report.findings.extend(adapter.findings)
+    check = _Check(inputs, relative_to, Facing(inputs.base, checkpoint), report)
+    check.run(progress)
+    check.conclude()
+    return report
+
+
+def _refuse_packed(checkpoint: Checkpoint) -> None:
+    quantized = (checkpoint.config or {}).get("quantization_config")
+    name = next((name for name in checkpoint if name.endswith(PACKED)), None)
+    if quantized or name:
+        how = f"config.json has a quantization_config, {quantized}" if quantized else f"it holds {name!r}"
+        raise UnsupportedError(
+            f"{checkpoint.source}: is quantized ({how}); whether it is base + adapters cannot be decided from packed weights. "
+            "Verify the file it was made from."
+        )
+
+
+class _Check:
+    """One verification: fills the report tensor by tensor."""
+
+    def __init__(
+        self, inputs: Inputs, relative_to: str, facing: Facing, report: VerifyReport
+    ) -> None:
+        self.inputs = inputs
+        self.relative_to = relative_to
+        self.facing = facing
+        self.report = report
+        self.results: dict[str, Comparison] = {}
+        self.changed: list[str] = []  # untouched tensors that are not the base's
+        self.missing: list[str] = []
+        self.wrong_shape: dict[str, str] = {}
+        self.undecidable: dict[str, str] = {}  # stored in a type that cannot be compared
+        self.untouched = 0
+
+    def run(self, progress: Progress | None) -> None:
+        """Compare every tensor of the base."""
+        base, done = self.inputs.base.checkpoint, 0
+        for name, tensor in base.items():
+            target = self.inputs.plan.targets.get(name)
+            if target is not None:
+                self._touched(target)
+            else:
+                self._untouched(name)
+            done += tensor.nbytes
+            if progress is not None:
+                progress(done, base.nbytes, name)
+
+    def _touched(self, target: Target) -> None:
+        found = self.facing.find(target.name)
+        if found is None:
+            self.missing.append(target.name)
+            return
+        if tuple(found.shape) != target.shape and not found.reshapes(target.shape):
+            self.wrong_shape[target.name] = f"{list(found.shape)}, expected {list(target.shape)}"
+            return
+        if found.dtype not in MANTISSA:
+            self.undecidable[target.name] = found.dtype
+            return
+        renderer = Renderer(target, Settings(self.relative_to, dtype=found.dtype))
+        total = Comparison()
+        for start, stop in spans(target):
+            exact, before = renderer.exact(start, stop)
+            rows = found.rows(start, stop, target.rows)
+            total.add(compare(exact, before, rows, found.dtype, len(target.edits)))
+        self.results[target.name] = total
+
+    def _untouched(self, name: str) -> None:
+        tensor = self.inputs.base.checkpoint[name]
+        found = self.facing.find(name)
+        if found is None:
+            self.missing.append(name)
+            return
+        self.untouched += 1
+        if not found.holds(tensor):
+            self.changed.append(name)
+
+    # the answer -----------------------------------------------------------------------------------
+
+    def conclude(self) -> None:
+        """The rows, the findings and the answer."""
+        wanted = {name: self._asked(t) for name, t in self.inputs.plan.targets.items()}
+        for name, result in self.results.items():
+            self.report.modules.append(self._row(name, result, wanted[name]))
+        missing, unseen, extra = leftovers(self.facing, self.missing, set(wanted))
+        self._find("missing", missing, "is not in the merged checkpoint")
+        self._find("changed", self.changed, "is not touched by the adapters, yet not the base's")
+        self._find("shape", list(self.wrong_shape), "has another shape", self.wrong_shape)
+        self._find("extra", extra, "is not explained by base and adapters")
+        if unseen:
+            self._note("not-compared", f"{len(unseen)} tensors have no counterpart to compare: {_some(unseen)}")
+        wrong = [name for name, result in self.results.items() if result.verdict == "no"]
+        open_ = [name for name, result in self.results.items() if result.verdict == "undecided"]
+        open_ += list(self.undecidable)
+        self._explain(wrong, wanted)
+        if missing or self.changed or self.wrong_shape or extra or wrong:
+            answer = "no"
+        else:
+            answer = self._weigh(open_)
+        object.__setattr__(self.report, "answer", answer)
+        object.__setattr__(self.report, "ok", answer == "yes")
+        self._summarise(answer, wrong, open_)
+
+    def _weigh(self, undecided: list[str]) -> str:
+        """Yes when everything is exact, or all but a negligible part of the change is clearly there."""
+        clear = [r for r in self.results.values() if r.verdict == "yes" and r.total > 0]
+        if not clear:
+            self._note("nothing-decides", "rounding leaves too little of the change to tell whether it is there")
+            return "undecided"
+        vague = [self.results[name] for name in undecided if name in self.results]
+        if self.undecidable:
+            self._note("not-comparable", f"stored in a type that cannot be compared: {_some(list(self.undecidable))}")
+            return "undecided"
+        if all(result.differing == 0 for result in vague):
+            return "yes"
+        share = sum(r.total for r in vague) / sum(r.total for r in (*vague, *clear))
+        if share <= NEGLIGIBLE:
+            return "yes"
+        self._note("too-little", f"too little is left of the change of {len(undecided)} tensors to tell: {_some(undecided)}")
+        return "undecided"
+
+    def _asked(self, target: Target) -> dict[int, float]:
+        """Adapter -> the strength its change of this tensor was asked for with (the first, where they differ)."""
+        asked: dict[int, float] = {}
+        for edit in target.edits:
+            asked.setdefault(edit.adapter, edit.strength)
+        return asked
+
+    def _row(self, name: str, result: Comparison, asked: dict[int, float]) -> Row:
+        factor = result.strength
+        only = next(iter(asked.values())) if len(asked) == 1 else 1.0
+        return {
+            "tensor": name,
+            "verdict": result.verdict,
+            "strength": only if len(asked) == 1 else None,
+            "estimated strength": factor * only if factor is not None else None,
+            "uncertainty": result.uncertainty * abs(only) if result.total > 0 else None,
+            "differing elements": result.differing / max(1, result.elements),
+            "worst error": result.worst,
+            "unexplained": result.unexplained if math.isfinite(result.unexplained) else None,
+            "survival of ΔW": result.survival,
+        }
+
+    def _explain(self, wrong: list[str], asked: dict[str, dict[int, float]]) -> None:
+        """Name what the wrong tensors look like: not merged, another strength, or something else."""
+        absent: dict[int, list[str]] = {}
+        other: dict[tuple[int, float, float], list[str]] = {}
+        strange: list[str] = []
+        sums: dict[int, list[float]] = {}
+        for name in wrong:
+            factors = self._factors(self.inputs.plan.targets[name], self.results[name])
+            if factors is None:
+                strange.append(name)
+                continue
+            for adapter, (factor, margin) in factors.items():
+                strength = asked[name][adapter]
+                sums.setdefault(adapter, []).append(factor * strength)
+                if abs(factor - 1) <= margin:
+                    continue
+                if abs(factor) <= margin:
+                    absent.setdefault(adapter, []).append(name)
+                else:
+                    found = float(f"{factor * strength:.2g}")
+                    other.setdefault((adapter, found, strength), []).append(name)
+        names = self.inputs.names
+        for adapter, tensors in absent.items():
+            self._error("not-merged", f"{names[adapter]} is not in {len(tensors)} tensors: {_some(tensors)}")
+        for (adapter, found, strength), tensors in other.items():
+            self._error(
+                "wrong-strength",
+                f"{names[adapter]} looks like strength {found:g} instead of {strength:g} in {len(tensors)} tensors: "
+                f"{_some(tensors)}",
+            )
+        if strange:
+            self._error("other-values", f"no strength explains {len(strange)} tensors: {_some(strange)}")
+        for adapter, values in sums.items():
+            self.report.strengths[names[adapter]] = sum(values) / len(values)
+
+    def _factors(
+        self, target: Target, result: Comparison
+    ) -> dict[int, tuple[float, float]] | None:
+        """Adapter -> (factor on the strength asked for, margin) by least squares; None when no factors fit."""
+        indices = sorted({edit.adapter for edit in target.edits})
+        margin = max(2 * SAME_STRENGTH, 4 * result.uncertainty)
+        if result.total == 0 or margin > 0.5:
+            return None
+        if len(indices) == 1:
+            noise = 4 * result.uncertainty * math.sqrt(max(1, result.elements))
+            fits = result.unexplained <= max(0.1, noise)
+            return {indices[0]: (result.strength or 0.0, margin)} if fits else None
+        found = self.facing.find(target.name)
+        assert found is not None
+        start, stop = spans(target)[len(spans(target)) // 2]
+        settings = Settings(self.relative_to, dtype=found.dtype)
+        columns: list[Tensor] = []
+        before = torch.empty(0)
+        for index in indices:
+            edits = [edit for edit in target.edits if edit.adapter == index]
+            exact, before = Renderer(replace(target, edits=edits), settings).exact(start, stop)
+            columns.append((exact - before).double().reshape(-1))
+        change = (found.rows(start, stop, target.rows).float() - before).double().reshape(-1)
+        matrix = torch.stack(columns, 1)
+        factors = torch.linalg.lstsq(matrix, change[:, None]).solution[:, 0]
+        rest = torch.linalg.vector_norm(change - matrix @ factors)
+        if rest > 0.1 * torch.linalg.vector_norm(matrix):
+            return None
+        return {i: (float(f), margin) for i, f in zip(indices, factors, strict=True)}
+
+    def _summarise(self, answer: str, wrong: list[str], undecided: list[str]) -> None:
+        total = Comparison()
+        for result in self.results.values():
+            total.add(result)
+        words = {"yes": "yes", "no": "no", "undecided": "cannot be decided"}
+        self.report.summary.update(
+            {
+                "merged": self.facing.merged.source,
+                "base": self.inputs.base.checkpoint.source,
+                "adapters": ", ".join(
+                    f"{Path(n).name}={s}"
+                    for n, (_, s) in zip(self.inputs.names, self.inputs.adapters, strict=True)
+                ),
+                "is base + adapters": words[answer],
+                "number types": ", ".join(self.facing.dtypes),
+                "tensors touched": len(self.inputs.plan.targets),
+                "of them wrong": len(wrong) + len(self.wrong_shape),
+                "of them undecided": len(undecided),
+                "tensors untouched and equal": self.untouched - len(self.changed),
+                "elements that differ from the nearest rounding": total.differing / max(1, total.elements),
+            }
+        )
+
+    def _find(
+        self, code: str, names: list[str], what: str, details: dict[str, str] | None = None
+    ) -> None:
+        for name in names[:16]:
+            detail = f": {details[name]}" if details else ""
+            self.report.findings.append(Finding("error", code, what + detail, name))
+        if len(names) > 16:
+            self._error(code, f"… and {len(names) - 16} more")
+
+    def _error(self, code: str, message: str) -> None:
+        self.report.findings.append(Finding("error", code, message))
+
+    def _note(self, code: str, message: str) -> None:
+        self.report.findings.append(Finding("warning", code, message))
+
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:4])
+    return f"{shown}, …" if len(names) > 4 else shown
