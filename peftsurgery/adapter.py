@@ -29,8 +29,8 @@ class Adapter:
     metadata: dict[str, str] = field(default_factory=dict)
     config: dict[str, object] = field(default_factory=dict)  # adapter_config.json it came with
     parameters: dict[str, str] = field(default_factory=dict)  # path -> name of a replaced parameter
-    magnitude_ndim: dict[str, int] = field(default_factory=dict)  # path -> of a stored dora_scale
     findings: list[Finding] = field(default_factory=list)
+    magnitude_ndim: dict[str, int] = field(default_factory=dict)  # path -> of a dora_scale > 2-D
 
     @property
     def components(self) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ container. Writing follows the row exactly. Sources of the grammars: PEFT `utils
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 LOHA = {f: f"hada_{f}" for f in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")}
 LOKR = {f: f"lokr_{f}" for f in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}
@@ -72,6 +72,7 @@ DIFFUSERS = Dialect(
     bias="lora_B.bias",
     bias_is_scaled=True,
 )
+DIFFUSERS_CONTROLNET = replace(DIFFUSERS, bias_value="bias")
 AB_ALPHA = Dialect(
     {"lora": LORA_A_B, "loha": LOHA, "lokr": LOKR},
     alpha="alpha",
@@ -129,6 +130,7 @@ class Layout:
     vocabulary: str = "home"
     alpha: str = "tensor"
     text_encoder_dialect: Dialect | None = None
+    controlnet_dialect: Dialect | None = None
     text_encoders: bool = True
     spelling: dict[str, str] = field(default_factory=dict)
     families: tuple[str, ...] = ()  # empty: every family
@@ -152,6 +154,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "component",
         DIFFUSERS,
         alpha="metadata",
+        controlnet_dialect=DIFFUSERS_CONTROLNET,
         readers="diffusers; ComfyUI (ignores the alpha metadata)",
     ),
     Layout(
@@ -209,7 +212,6 @@ LAYOUTS: tuple[Layout, ...] = (
         "flat",
         KOHYA,
         ("lycoris", "lycoris"),
-        text_encoders=False,
         readers="LyCORIS, SimpleTuner, ComfyUI",
     ),
     Layout(
@@ -317,6 +319,15 @@ LAYOUTS: tuple[Layout, ...] = (
 )
 
 LAYOUT_NAMES: tuple[str, ...] = tuple(layout.name for layout in LAYOUTS)
+
+
+def dialect_of(layout: Layout, component: str) -> Dialect:
+    """The dialect `layout` writes for a component."""
+    if layout.text_encoder_dialect and component.startswith("text_encoder"):
+        return layout.text_encoder_dialect
+    if layout.controlnet_dialect and component == "controlnet":
+        return layout.controlnet_dialect
+    return layout.dialect
 
 
 def layout_named(name: str) -> Layout:

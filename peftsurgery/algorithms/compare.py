@@ -10,9 +10,12 @@ from torch import Tensor
 from ..errors import UsageError
 from ..linalg import low_rank_difference_norm, low_rank_norm
 from .base import WeightAdapter
+from .lora import LoRA
 from .slots import bit_equal, fit_shape
 
 TILE = 1 << 20  # elements of an fp64 row tile
+SAFE = 1e-4  # least ||D||² / terms² at which the fp32 form of a difference is right to a percent
+Triple = tuple[float, float, float]
 
 
 def norm(adapter: WeightAdapter) -> float:
@@ -30,10 +33,11 @@ def difference(a: WeightAdapter, b: WeightAdapter) -> float:
     unrelated ones.
 
     Bit-equal adapters are 0 without arithmetic. Weights are compared through their factors in fp64
-    (resolution about 1e-8) or by row tiles of fp64. Two DoRA compare their products before the
-    norm, and their magnitudes by max|m_a - m_b| / max|m|; two replacements compare values. inf when
-    the two are of kinds that only a weight could compare: one additive and one not, another
-    magnitude axis, bias delta against bias value, another padding. nan when either holds NaN.
+    (resolution about 1e-8) or by row tiles of fp64; LoRAs further apart than 1e-5 in fp32, to a
+    percent. Two DoRA compare their products before the norm, and their magnitudes by
+    max|m_a - m_b| / max|m|; two replacements compare values. inf when the two are of kinds that
+    only a weight could compare: one additive and one not, another magnitude axis, bias delta
+    against bias value, another padding. nan when either holds NaN.
     UsageError when the shapes differ (trailing ones and flattening aside).
     """
     if not fit_shape(a.shape, b.shape):
@@ -98,6 +102,10 @@ def _term_norm(adapter: WeightAdapter) -> float:
 
 
 def _term_difference(a: WeightAdapter, b: WeightAdapter) -> float:
+    if isinstance(a, LoRA) and isinstance(b, LoRA):
+        quick = _fp32_difference(a, b)
+        if quick is not None:
+            return quick
     first, second = _thin(a), _thin(b)
     if first and second:
         gap = low_rank_difference_norm(*first, *second)
@@ -110,6 +118,65 @@ def _term_difference(a: WeightAdapter, b: WeightAdapter) -> float:
         for n, part in enumerate((x - y, x, y)):
             sums[n] += float(part.square().sum())
     return _ratio(*(math.sqrt(s) for s in sums))
+
+
+def _fp32_difference(a: LoRA, b: LoRA) -> float | None:
+    """||D|| / max(||B_a A_a||, ||B_b A_b||) to a percent, with B = up and A = down in fp32.
+
+    D = P A_a + B_b Q for P = B_a - B_b, Q = A_a - A_b: no large products are subtracted, so the
+    rounding is relative to D and not to ΔW. None, for fp64 to decide, where that may fail: a result
+    below 1e-5, terms of D that cancel, NaN or overflow, a Tucker core, other scales or ranks, fp64.
+    """
+    if a.mid is not None or b.mid is not None or a.rank != b.rank or float(a.scale) == 0:
+        return None
+    if float(a.scale) != float(b.scale) or torch.float64 in {t.dtype for t in _factor_pair(a, b)}:
+        return None
+    up, down, other_up, other_down = (t.detach().float().flatten(1) for t in _factor_pair(a, b))
+    gap_up, gap_down = up - other_up, down - other_down
+    o, n = a.matrix_shape
+    form = _gram_squares if a.rank * (o + n) < o * n else _dense_squares
+    squares, terms = form(gap_up, other_up, down, gap_down)
+    if squares[0] == 0 and not bool(gap_up.any()) and not bool(gap_down.any()):
+        return 0.0  # the same values in another dtype
+    if not all(math.isfinite(s) and s > SAFE * t * t for s, t in zip(squares, terms, strict=True)):
+        return None
+    result = math.sqrt(squares[0] / max(squares[1:]))
+    return result if result > 1e-5 else None
+
+
+def _factor_pair(a: LoRA, b: LoRA) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return a.up, a.down, b.up, b.down
+
+
+def _gram_squares(p: Tensor, b: Tensor, a: Tensor, q: Tensor) -> tuple[Triple, Triple]:
+    """||P A + B Q||², ||(B + P) A||², ||B (A - Q)||² from six r x r Gram matrices, and what bounds
+    their terms: Σ_i ||column i|| ||row i||."""
+    pp, pb, bb = p.T @ p, p.T @ b, b.T @ b
+    aa, aq, qq = a @ a.T, a @ q.T, q @ q.T
+    first, second = pp + pb + pb.T + bb, aa - aq - aq.T + qq
+    gap = (pp * aa).sum() + 2 * (pb * aq).sum() + (bb * qq).sum()
+    squares = (float(gap), float((first * aa).sum()), float((bb * second).sum()))
+    edges = [m.diagonal().clamp_min(0).sqrt() for m in (pp, bb, first, aa, qq, second)]
+    return squares, _bounds(*edges)
+
+
+def _dense_squares(p: Tensor, b: Tensor, a: Tensor, q: Tensor) -> tuple[Triple, Triple]:
+    """The same from row tiles; cheaper where the rank is near the sides."""
+    sums = [0.0, 0.0, 0.0]
+    step = max(1, TILE // a.shape[1])
+    for start in range(0, b.shape[0], step):
+        some_p, some_b = p[start : start + step], b[start : start + step]
+        gap = torch.addmm(some_p @ a, some_b, q)
+        first = (some_p + some_b) @ a
+        for n, part in enumerate((gap, first, first - gap)):
+            sums[n] += float(part.square().sum())
+    columns = [torch.linalg.vector_norm(m, dim=0) for m in (p, b, b + p)]
+    rows = [torch.linalg.vector_norm(m, dim=1) for m in (a, q, a - q)]
+    return (sums[0], sums[1], sums[2]), _bounds(*columns, *rows)
+
+
+def _bounds(p: Tensor, b: Tensor, first: Tensor, a: Tensor, q: Tensor, second: Tensor) -> Triple:
+    return float((p * a).sum() + (b * q).sum()), float((first * a).sum()), float((b * second).sum())
 
 
 def _relative(x: Tensor | None, y: Tensor | None) -> float:

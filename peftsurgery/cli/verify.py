@@ -19,6 +19,18 @@ from peftsurgery.cli.running import Display
 @options.adapters
 @options.architecture
 @options.relative_to
+@click.option(
+    "--tied",
+    type=click.Choice(("both", "untie")),
+    default="both",
+    show_default=True,
+    help="How a change of an embedding that is also the output head was merged.",
+)
+@click.option(
+    "--residual-base",
+    is_flag=True,
+    help="BASE is the residual model that PiSSA, OLoRA and their like left.",
+)
 @options.allow_pickle
 @options.display
 def verify(
@@ -28,6 +40,8 @@ def verify(
     adapters: tuple[str, ...],
     architecture: str | None,
     relative_to: str,
+    tied: str,
+    residual_base: bool,
     allow_pickle: bool,
     display: Display,
 ) -> None:
@@ -46,6 +60,8 @@ def verify(
             [parse(text) for text in adapters],
             architecture=architecture,
             relative_to=relative_to,
+            tied=tied,
+            residual_base=residual_base,
             allow_pickle=allow_pickle,
             progress=progress,
         )

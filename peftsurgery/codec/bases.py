@@ -15,6 +15,20 @@ from peftsurgery.codec.detect import denoiser
 from peftsurgery.errors import UnsupportedError, UsageError, nearest
 
 
+def base_names(checkpoint: Checkpoint) -> dict[str, list[str]]:
+    """Module names of a base of any family: component -> dotted names, for restoring flattened names.
+
+    A single file does not say which component it is, so its names stand for a language model and for a denoiser.
+    """
+    found: dict[str, dict[str, None]] = {}
+    pipeline = checkpoint.kind == "pipeline"
+    for name in checkpoint:
+        component, _, tensor = name.partition(":") if pipeline else ("", "", name)
+        for owner in (component,) if pipeline else ("model", "transformer"):
+            found.setdefault(owner, {})[tensor.rpartition(".")[0]] = None
+    return {component: list(names) for component, names in found.items()}
+
+
 @dataclass(frozen=True)
 class Stored:
     """One home tensor inside a checkpoint: the stored tensor, its site, and which rows of it.

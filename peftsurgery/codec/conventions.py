@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -16,7 +17,7 @@ from peftsurgery.codec.scales import (
     diffusers_configs,
     scale_of,
 )
-from peftsurgery.errors import Finding, UnsupportedError
+from peftsurgery.errors import Finding, UnsupportedError, UsageError
 
 MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 CHANGED_MEANING = (
@@ -51,7 +52,12 @@ class Conventions:
         key = record.keys.get("alpha")
         if key is None:
             return None
-        return float(np.asarray(self.checkpoint[key].numpy(), dtype=np.float64).reshape(-1)[0])
+        tensor = self.checkpoint[key]
+        if math.prod(tensor.shape) != 1:
+            raise UsageError(
+                f"{key!r}: alpha has shape {list(tensor.shape)}; expected one number. The file is damaged."
+            )
+        return float(np.asarray(tensor.numpy(), dtype=np.float64).reshape(-1)[0])
 
     def scale(self, record: Record, placement: Placement, rank: int | None) -> float:
         """The scale of one module (see `codec.scales`)."""

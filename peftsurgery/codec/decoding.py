@@ -54,6 +54,7 @@ class Decoder:
         modules: dict[str, WeightAdapter] = {}
         origin: dict[str, str] = {}
         parameters: dict[str, str] = {}
+        ndims: dict[str, int] = {}
         for module, record in parsed.records.items():
             placement = self.explanation.placements[module]
             placed = place(placement.site, self._build(record, placement), self.source)
@@ -67,6 +68,9 @@ class Decoder:
                 modules[full], origin[full] = adapter, module
                 if record.parameter != "weight" and placement.site.parts == (path,):
                     parameters[full] = record.parameter
+                ndim = len(self.checkpoint[record.keys["magnitude"]].shape) if "magnitude" in record.keys else 0
+                if ndim > 2:
+                    ndims[full] = ndim
         for key in parsed.carried:
             if key.endswith(BASE_COPY):
                 self.conventions.once(
@@ -94,6 +98,7 @@ class Decoder:
             dict(self.checkpoint.config or {}),
             parameters,
             self.findings,
+            ndims,
         )
 
     # one record ------------------------------------------------------------------------------------------------

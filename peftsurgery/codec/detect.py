@@ -8,7 +8,7 @@ Only headers are looked at.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from peftsurgery import architectures
@@ -18,6 +18,7 @@ from peftsurgery.errors import UnsupportedError, UsageError, nearest
 from peftsurgery.layouts import LAYOUTS, Layout
 
 PEFT_PREFIX = "base_model.model."
+LYCORIS_PREFIX = "lycoris_"
 FLAT_FAMILIES = ("kohya", "onetrainer")
 SPECIFIC = ("sd1", "sd2", "sdxl", "flux")
 STATED = {
@@ -78,28 +79,29 @@ class Resolver:
     """
 
     def __init__(
-        self, architecture: Architecture, known: Mapping[str, Iterable[str]] | None = None
+        self,
+        architecture: Architecture,
+        known: Mapping[str, Iterable[str]] | None = None,
+        tensors: Mapping[str, HeaderTensor] | None = None,
     ) -> None:
         self.architecture = architecture
+        self.tensors = tensors
         self.known: dict[str, dict[str, str]] = {}
+        self.clashes: dict[str, tuple[str, str]] = {}
         for component, names in (known or {}).items():
             flat: dict[str, str] = {}
             for name in names:
                 other = flat.setdefault(name.replace(".", "_"), name)
                 if other != name:
-                    raise UsageError(
-                        f"the module names {other!r} and {name!r} of the base flatten to the same name; "
-                        "a flattened layout cannot tell them apart."
-                    )
+                    self.clashes[name.replace(".", "_")] = (other, name)
             self.known[component] = flat
         self.flat: list[tuple[str, Component]] = []
         self.dotted: list[tuple[str, str, Component]] = []
-        encoders = [c for c in architecture.components if c.startswith("text_encoder")]
         for component in architecture.components.values():
             for family in FLAT_FAMILIES:
                 self.flat += [(p + "_", component) for p in component.prefixes.get(family, ())]
-            if is_denoiser(component.name) or encoders == [component.name]:
-                self.flat.append(("lycoris_", component))  # whatever LyCORIS was wrapped around
+            if component.name != "controlnet":
+                self.flat.append((LYCORIS_PREFIX, component))  # whatever it was wrapped around
             self.dotted += [
                 (p + ".", "comfy", component) for p in component.prefixes.get("comfy", ())
             ]
@@ -125,17 +127,32 @@ class Resolver:
                     if placement is not None:
                         return placement
             return None
+        candidates: list[Placement] = []
         for start, component in self.flat:
             if module.startswith(start) and "." not in module:
                 placement = self._flat(component, module.removeprefix(start))
                 if placement is not None:
-                    return placement
+                    candidates.append(placement)
+                    if start != LYCORIS_PREFIX:
+                        break
+        if candidates:
+            return self._fitting(candidates, record)
         for start, container, component in self.dotted:
             if module.startswith(start):
                 placement = self._dotted(container, component, module.removeprefix(start), record)
                 if placement is not None:
                     return placement
         return self._bare(record, control)
+
+    def _fitting(self, candidates: list[Placement], record: Record) -> Placement:
+        """The first whose pinned shape agrees: CLIP-L and CLIP-G have the same module names."""
+        if len(candidates) > 1 and self.tensors is not None and record.algorithm not in ("", "set"):
+            _, (out, into) = rank_and_shape(record, self.tensors)
+            for placement in candidates:
+                path = placement.site.parts[0]
+                if self.architecture.misfit(placement.component, path, out, into) is None:
+                    return placement
+        return candidates[0]
 
     def _bare(self, record: Record, control: bool) -> Placement | None:
         components = self.architecture.components
@@ -155,6 +172,12 @@ class Resolver:
         if known is not None:
             site = component.site(component.home, known)
             if site is not None:
+                if name in self.clashes:
+                    first, second = self.clashes[name]
+                    raise UsageError(
+                        f"{name!r}: the module names {first!r} and {second!r} of the base flatten to it; a "
+                        "flattened layout cannot tell them apart."
+                    )
                 return Placement("flat", component.name, component.home, site)
         for column in component.columns:
             site = component.site_flat(column, name)
@@ -207,7 +230,7 @@ def explain(
 
     whole: go on after the first record that has no place; otherwise that one alone is in `unexplained`.
     """
-    resolver = Resolver(architecture, known)
+    resolver = Resolver(architecture, known, tensors)
     explanation = Explanation(architecture, parsed)
     control = "lora_controlnet" in parsed.carried or any(
         r.suffixes & {"up", "down"} for r in parsed.records.values()
@@ -244,7 +267,7 @@ def detect(
     """The explanation that accounts for every module of the file.
 
     Tried as the file stands, then after removing wrapper segments, then after undoing doubled prefixes; each repair
-    is counted in `parsed.repairs`. Raises UsageError naming the first keys the two best candidates cannot explain, or
+    is counted in `parsed.repairs`. Families without a table take what none of these explains. Raises UsageError naming the first keys the two best candidates cannot explain, or
     the candidates between which shapes and metadata do not decide.
     """
     names = (architecture,) if architecture else architectures.ARCHITECTURES
@@ -254,27 +277,39 @@ def detect(
             + (f", first {parsed.unknown[0]!r}" if parsed.unknown else " (the file is empty)")
             + ". Expected LoRA, LoHa, LoKr, full or norm suffixes; a whole checkpoint is not an adapter."
         )
-    tried: list[Parsed] = []
-    stages: list[Parsed] = [parsed]
-    for stage in ("wrappers", "doubled"):
-        stages.append(repaired(stages[-1], stage))
-    for index, candidate in enumerate(stages):
-        if index and candidate.repairs == stages[index - 1].repairs:
-            continue
-        found = [
+    tables = [name for name in names if name in SPECIFIC]
+    free = [name for name in names if name not in SPECIFIC]  # these accept nearly any dotted name
+
+    def complete(candidate: Parsed, which: list[str]) -> list[Explanation]:
+        found = (
             explain(candidate, tensors, architectures.get(name), known, whole=False)
-            for name in names
-        ]
-        complete = [e for e in found if e.complete]
-        if complete:
-            return _decide(complete, source, metadata or {})
+            for name in which
+        )
+        return [e for e in found if e.complete]
+
+    tried: list[Parsed] = []
+    for candidate in _repairs(parsed):
         tried.append(candidate)
+        if found := complete(candidate, tables):
+            return _decide(found + complete(candidate, free), source, metadata or {})
+    if found := complete(tried[-1], free):
+        return _decide(found, source, metadata or {})
     attempts = [
         explain(candidate, tensors, architectures.get(name), known)
         for candidate in tried
         for name in names
     ]
     raise UsageError(_cannot_explain(source, attempts))
+
+
+def _repairs(parsed: Parsed) -> Iterator[Parsed]:
+    """The file as it stands, and after each repair that changes a name."""
+    yield parsed
+    for stage in ("wrappers", "doubled"):
+        candidate = repaired(parsed, stage)
+        if candidate.repairs != parsed.repairs:
+            yield candidate
+        parsed = candidate
 
 
 def _decide(complete: list[Explanation], source: str, metadata: Mapping[str, str]) -> Explanation:
@@ -358,7 +393,8 @@ def label(explanation: Explanation, alphas: bool) -> tuple[Layout, list[str]]:
         if containers != {layout.container}:
             penalty += 100
             deviations.append(f"prefixes of {', '.join(sorted(containers - {layout.container}))}")
-        known = {s for d in (layout.dialect, layout.text_encoder_dialect) if d for s in written(d)}
+        dialects = (layout.dialect, layout.text_encoder_dialect, layout.controlnet_dialect)
+        known = {s for d in dialects if d for s in written(d)}
         if extra := suffixes - known:
             penalty += 5 * len(extra)
             deviations.append(f"suffixes {', '.join(sorted(extra))}")

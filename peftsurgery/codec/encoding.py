@@ -13,10 +13,10 @@ from peftsurgery.adapter import Adapter, is_group, members
 from peftsurgery.algorithms import LoKr, LoRA, WeightAdapter, swap_halves
 from peftsurgery.architectures import Component, Site
 from peftsurgery.codec import peft_config
-from peftsurgery.codec.detect import is_denoiser, prefix_of, vocabulary
+from peftsurgery.codec.detect import find_prefix, is_denoiser, vocabulary
 from peftsurgery.codec.scales import alpha_of
 from peftsurgery.errors import CannotFuse, CannotSplit, Finding, UnsupportedError
-from peftsurgery.layouts import Dialect, Layout, layout_named
+from peftsurgery.layouts import Dialect, Layout, dialect_of, layout_named
 
 KOHYA_MODULES = {"lora": "networks.lora", "flux": "networks.lora_flux"}
 LORA_ONLY = "--algorithm lora --rank RULE rewrites it as a LoRA and states the loss"
@@ -84,12 +84,13 @@ class Encoder:
             component = self.architecture.components[component_name]
             if reason := self._component_refused(component):
                 for path in self.adapter.of(component_name):
-                    self.refusals.append(
-                        (f"{component_name}:{path}", reason, self._drop(component_name))
-                    )
+                    remedy = self._drop(component_name)
+                    self.refusals.append((f"{component_name}:{path}", reason, remedy))
                 continue
             self._component(component)
         self._extras()
+        self._values_alone()
+        self._untranslated()
         if self.refusals:
             raise UnsupportedError(self._refusal())
         encoded = Encoded(self.out, {}, {}, self.sources, self.findings)
@@ -112,6 +113,28 @@ class Encoder:
                 "--to peft keeps it",
             )
         return None
+
+    def _values_alone(self) -> None:
+        """New values under their plain names are an adapter only beside something trained."""
+        kinds = {m.algorithm for found in self.written.values() for m in found.values()}
+        if kinds == {"set"} and self.layout.dialect.algorithms["set"]["weight"] == "weight":
+            reason = f"{self.layout.title} holds new values only beside a trained module"
+            for path in self.adapter.modules:
+                self.refusals.append((path, reason, "--to comfy holds values alone"))
+
+    def _untranslated(self) -> None:
+        if self.architecture.name != "generic" or not self.adapter.layout:
+            return
+        if layout_named(self.adapter.layout).container != self.layout.container:
+            self.findings.append(
+                Finding(
+                    "warning",
+                    "untranslated-names",
+                    "there is no table for this family: the modules keep the names they had",
+                    next(iter(self.adapter.modules)),
+                    f"programs that read {self.layout.title} may call them otherwise",
+                )
+            )
 
     def _component_refused(self, component: Component) -> str | None:
         layout = self.layout
@@ -176,8 +199,9 @@ class Encoder:
                 self._write(component, site, module, paths)
             except (CannotFuse, CannotSplit) as error:
                 self.refusals.append((paths[0], str(error).rstrip("."), _way_out(found.values())))
-            except Refused as error:
-                self.refusals.append((paths[0], str(error), error.remedy))
+            except UnsupportedError as error:
+                remedy = error.remedy if isinstance(error, Refused) else LEFT_OUT
+                self.refusals.append((paths[0], str(error).rstrip("."), remedy))
 
     def _at_site(self, site: Site, found: Mapping[str, WeightAdapter]) -> WeightAdapter:
         """The adapter of one named module of the layout, from the home modules found for it."""
@@ -187,8 +211,10 @@ class Encoder:
             return found[marked]
         grouped = [path for path in found if is_group(path)]
         if whole not in found and grouped:
+            axis = found[grouped[0]].magnitude_axis
+            kind = found[grouped[0]].algorithm if axis is None else f"DoRA (norm per {axis}put)"
             raise CannotSplit(
-                f"{grouped[0]!r} is one {found[grouped[0]].algorithm} record over a fused weight that {self.layout.title} "
+                f"{grouped[0]!r} is one {kind} record over a fused weight that {self.layout.title} "
                 "stores apart, and the algorithm cannot be split there"
             )
         if whole in found:
@@ -216,12 +242,9 @@ class Encoder:
     def _write(
         self, component: Component, site: Site, module: WeightAdapter, paths: tuple[str, ...]
     ) -> None:
-        layout = self.layout
-        dialect = layout.dialect
-        if layout.text_encoder_dialect and not is_denoiser(component.name):
-            dialect = layout.text_encoder_dialect
+        dialect = dialect_of(self.layout, component.name)
         module = self._folded(module)
-        name = self._name(component, site.name)
+        name = self._name(component, self._parameter(component, site, module))
         part = component.name if self.in_folders else ""
         target = self.out.setdefault(part, {})
         for suffix, tensor in self._suffixes(dialect, component, site, module).items():
@@ -235,6 +258,15 @@ class Encoder:
             target[key] = tensor
             self.sources[f"{part}/{key}" if part else key] = paths
         self.written.setdefault(component.name, {})[site.name] = module
+
+    def _parameter(self, component: Component, site: Site, module: WeightAdapter) -> str:
+        """The name to write: ComfyUI finds what is not a module's `weight` by the parameter's own name (`….scale`)."""
+        if self.layout.container == "comfy" and module.algorithm in ("set", "full"):
+            column = vocabulary(self.layout, component)
+            found = component.tensor_of(column, f"{site.parts[0]}.weight")
+            if found is not None and len(site.parts) == 1 and not found.name.endswith(".weight"):
+                return found.name
+        return site.name
 
     def _folded(self, module: WeightAdapter) -> WeightAdapter:
         if self.fold and module.algorithm in ("lora", "loha", "lokr"):
@@ -252,7 +284,12 @@ class Encoder:
                     LEFT_OUT,
                 )
             dotted = dotted.removesuffix(plain) + self.layout.spelling[plain]
-        prefix = prefix_of(self.layout, component)
+        prefix = find_prefix(self.layout, component)
+        if prefix is None:
+            raise Refused(
+                f"{self.layout.title} has no prefix for the {component.name} of {self.architecture.title}",
+                "--to peft or diffusers keeps the dotted name",
+            )
         return prefix + (dotted.replace(".", "_") if self.layout.container == "flat" else dotted)
 
     # tensors of one module -------------------------------------------------------------------------------------------
@@ -273,12 +310,6 @@ class Encoder:
         if dialect.alpha and module.rank is not None and not self.fold:
             alpha = alpha_of(float(module.scale), module.rank)
             result[dialect.alpha] = torch.tensor(alpha, dtype=torch.float32)
-        elif not self.fold and self.layout.alpha == "tensor" and not dialect.alpha:
-            if float(module.scale) != 1.0:
-                raise Refused(
-                    f"{self.layout.title} has no place for alpha",
-                    "--alpha fold stores the scale in the factors",
-                )
         if isinstance(module, LoKr) and module.rank is None and dialect.alpha:
             result[dialect.alpha] = torch.tensor(1.0)
         self._magnitude(dialect, f"{component.name}:{site.home}", module, own, result)
@@ -329,7 +360,8 @@ class Encoder:
         found = component.tensor_of(vocabulary(self.layout, component), home)
         if found is None or len(site.parts) > 1:
             return result
-        return {"=" + prefix_of(self.layout, component) + found.name: result["weight"]}
+        prefix = find_prefix(self.layout, component) or ""
+        return {f"={prefix}{found.name}": result["weight"]}
 
     def _magnitude(
         self,
@@ -458,15 +490,16 @@ class Encoder:
                     )
                 )
 
+        if self.layout.name == "sai-control-lora":  # ComfyUI and diffusers know the file by it
+            self.out.setdefault("", {}).setdefault("lora_controlnet", torch.zeros(()))
+
     def _describe(self, encoded: Encoded) -> None:
         metadata = dict(self.adapter.metadata)
         metadata.pop("lora_adapter_metadata", None)
         metadata["format"] = "pt"
         if self.layout.alpha == "config":
             encoded.configs = {
-                (component if self.in_folders else ""): peft_config.build(
-                    modules, self.adapter, component
-                )
+                (component if self.in_folders else ""): self._config(component, modules)
                 for component, modules in self.written.items()
             }
             metadata = {k: v for k, v in metadata.items() if not k.startswith(("ss_", "sshs_"))}
@@ -484,9 +517,21 @@ class Encoder:
                         "--alpha fold stores the scale in the factors",
                     )
                 )
-        elif self.layout.dialect.alpha and self.layout.container == "flat":
+        flat = self.layout.dialect.alpha and self.layout.container == "flat"
+        if flat or "ss_network_dim" in metadata:
             metadata.update(self._kohya_metadata(metadata))
+            if metadata["ss_network_module"] != self.adapter.metadata.get("ss_network_module"):
+                metadata.pop("ss_network_args", None)  # of another algorithm
         encoded.metadata = metadata
+
+    def _config(self, component: str, modules: Mapping[str, WeightAdapter]) -> dict[str, object]:
+        try:
+            return peft_config.build(modules, self.adapter, component)
+        except UnsupportedError as error:
+            first = next(p for p in self.adapter.modules if p.startswith(f"{component}:"))
+            raise UnsupportedError(
+                f"{first}: cannot be written as {self.layout.name}: {error}"
+            ) from error
 
     def _kohya_metadata(self, metadata: Mapping[str, str]) -> dict[str, str]:
         modules = [

@@ -12,6 +12,7 @@ from peftsurgery.errors import UsageError
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+PLAIN = {"weight", "bias", "scale"}
 
 
 def open_adapter(source: str | Path, *, allow_pickle: bool = False) -> Checkpoint:
@@ -38,6 +39,11 @@ def explain_checkpoint(
                 f"{source}: {len(parsed.unknown)} of {len(checkpoint)} keys have no adapter suffix, first {first!r}. "
                 "Expected suffixes of LoRA, LoHa, LoKr, full, norm or modules_to_save tensors."
             )
+    if parsed.records and all(r.suffixes <= PLAIN for r in parsed.records.values()):
+        raise UsageError(
+            f"{source}: all {len(checkpoint)} keys are plain weights, first {next(iter(checkpoint))!r}; this is a checkpoint "
+            "(or a part of one), not an adapter. Expected LoRA, LoHa, LoKr, full or norm suffixes; --base takes checkpoints."
+        )
     return detect(
         parsed,
         checkpoint,

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import torch
 
-from peftsurgery import architectures
 from peftsurgery.adapter import Adapter
 from peftsurgery.checkpoint import open_checkpoint, save, serialized_header
-from peftsurgery.codec.bases import BaseWeights
+from peftsurgery.codec.bases import base_names
 from peftsurgery.codec.decoding import decode
 from peftsurgery.codec.encoding import Encoded, encode
 from peftsurgery.codec.explaining import CONFIG, WEIGHTS, open_adapter
@@ -37,10 +36,7 @@ def load_adapter(
     base: the checkpoint it was trained on; its module list restores flattened names of models without a table.
     Raises UsageError, UnsupportedError or UnsafeInputError naming file, key, expectation and remedy.
     """
-    known = None
-    if base is not None:
-        family = architectures.get(architecture or "llm")
-        known = BaseWeights(open_checkpoint(base), family).modules()
+    known = None if base is None else base_names(open_checkpoint(base))
     return decode(
         open_adapter(source, allow_pickle=allow_pickle), architecture=architecture, known=known
     )

@@ -85,7 +85,8 @@ def _suffix_table() -> dict[str, tuple[str, str]]:
     table: dict[str, tuple[str, str]] = {}
     dialects: list[Dialect] = []
     for layout in LAYOUTS:
-        dialects += [layout.dialect, *filter(None, [layout.text_encoder_dialect])]
+        others = (layout.text_encoder_dialect, layout.controlnet_dialect)
+        dialects += [layout.dialect, *filter(None, others)]
     for dialect in dialects:
         for algorithm, fields in dialect.algorithms.items():
             name = "full" if algorithm == "norm" else algorithm
@@ -170,11 +171,14 @@ def parse(keys: Iterable[str], source: str = "") -> Parsed:
     parsed = Parsed({}, [], [], [], {})
     foreign: dict[str, list[str]] = {}
     names: set[str] = set()
+    keys = list(keys)
+    present = set(keys)
     for key in keys:
         if _CARRIED.match(key):
             parsed.carried.append(key)
             continue
-        if ".original_module." in key:
+        # beside the value itself when PEFT saves resized embeddings too
+        if ".original_module." in key or _saved_twice(key, present):
             parsed.skipped.append(key)
             continue
         named = _NAMED.match(key)
@@ -208,6 +212,10 @@ def parse(keys: Iterable[str], source: str = "") -> Parsed:
     return parsed
 
 
+def _saved_twice(key: str, present: set[str]) -> bool:
+    return ".modules_to_save." in key and key.replace(".modules_to_save.", ".") in present
+
+
 def _base_copies(parsed: Parsed) -> None:
     """PEFT saves an adapted embedding's own weight beside its LoRA: carried. Alone it is the module's new value."""
     for record in parsed.records.values():
@@ -221,7 +229,7 @@ def _base_copies(parsed: Parsed) -> None:
 
 
 def _add(parsed: Parsed, key: str, module: str, algorithm: str, name: str, suffix: str) -> None:
-    if module.endswith(".scale") and suffix == "set_weight":
+    if module.endswith(".scale") and suffix in ("set_weight", "diff", "w_norm"):
         module, parameter = module.removesuffix(".scale"), "scale"
     else:
         parameter = "scale" if suffix == "scale" else "weight"
@@ -239,13 +247,17 @@ def _add(parsed: Parsed, key: str, module: str, algorithm: str, name: str, suffi
                 "one algorithm per module is supported. Split the file into two adapters."
             )
         record.algorithm = algorithm
-    if algorithm == "set":
+    if algorithm == "set" or parameter == "scale":
         record.parameter = parameter
     record.keys[name] = key
     record.suffixes.add(suffix)
 
 
-WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# "module" (DDP) and "base_layer" (an adapter on an adapted layer) are ordinary words elsewhere in a name
+_DDP = re.compile(
+    r"^((?:base_model\.model|diffusion_model|(?:unet|transformer|text_encoder|controlnet)\w*)\.)?module\."
+)
 DOUBLED = (
     ("lora_unet__", "lora_unet_"),
     ("lora_unet_unet_", "lora_unet_"),
@@ -262,16 +274,21 @@ DOUBLED = (
 
 
 def strip_wrappers(module: str) -> tuple[str, str | None]:
-    """Remove torch.compile, DDP, FSDP and checkpoint wrapper segments; returns (name, what was removed)."""
-    segments = module.split(".")
-    kept = [s for s in segments if s not in WRAPPERS]
-    removed = next((s for s in segments if s in WRAPPERS), None)
-    if removed is None:
-        for wrapper in WRAPPERS:  # flattened names carry the wrapper as a prefix of the body
-            if f"_{wrapper}_" in module and "." not in module and wrapper != "module":
-                return module.replace(f"{wrapper}_", "", 1), f"{wrapper}."
+    """Remove torch.compile, DDP, FSDP, checkpoint and PEFT wrapper segments; returns (name, what was removed)."""
+    if "." not in module:  # flattened names carry the wrapper as a prefix of the body
+        for wrapper in WRAPPERS:
+            if f"_{wrapper}_" in module:
+                return module.replace(f"{wrapper}_", ""), f"{wrapper}."
         return module, None
-    return ".".join(kept), f"{removed}."
+    removed = [s for s in module.split(".") if s in WRAPPERS]
+    name = ".".join(s for s in module.split(".") if s not in WRAPPERS)
+    if _DDP.match(name):
+        removed.append("module")
+        name = _DDP.sub(lambda match: match[1] or "", name)
+    if name.endswith(".base_layer"):
+        removed.append("base_layer")
+        name = name.removesuffix(".base_layer")
+    return name, f"{removed[0]}." if removed else None
 
 
 def strip_doubled(module: str) -> tuple[str, str | None]:
@@ -332,6 +349,14 @@ def rank_and_shape(
             raise UsageError(
                 f"{have['down']!r}: has shape {list(down)} and {have['up']!r} {list(up)}; expected matrices. This is "
                 "what an un-gathered sharded (ZeRO/FSDP) save leaves; save again from gathered parameters."
+            )
+        empty = 0 in (*down, *up)
+        if empty or ("mid" not in have and up[1] != down[0]):
+            wrong = "have no elements" if empty else "have different ranks"
+            raise UsageError(
+                f"{have['down']!r} {list(down)} and {have['up']!r} {list(up)}: {wrong}; expected (rank, in) and "
+                "(out, rank). One process's slice of a sharded (ZeRO/FSDP) save looks like this; save again from "
+                "gathered parameters."
             )
         return down[0], (up[0], down[1])
     if record.algorithm == "loha":

@@ -42,6 +42,11 @@ def build(
     trained = {tail(p): m for p, m in modules.items() if m.algorithm in ("lora", "loha", "lokr")}
     values = {p: m for p, m in modules.items() if m.algorithm == "set"}
     kinds = {m.algorithm for m in trained.values()}
+    if not kinds:
+        raise UnsupportedError(
+            f"a PEFT folder needs a LoRA, LoHa or LoKr module beside new values, and {component!r} "
+            "has none. --to comfy holds values alone."
+        )
     if len(kinds) != 1:
         raise UnsupportedError(
             f"a PEFT folder holds one algorithm, and {component!r} has {', '.join(sorted(kinds)) or 'none'}. "

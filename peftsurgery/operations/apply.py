@@ -95,6 +95,10 @@ class Renderer:
         written = self._round(exact, start)
         return written, self._survival(exact, before, written)
 
+    def rounded(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) rounded to the output dtype, without looking at what survived."""
+        return self._round(self.exact(start, stop)[0], start)
+
     def exact(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Rows [start, stop) of the result and of the base in fp32, (rows, columns); the next call reuses the memory."""
         if self.whole is not None and self.base is not None:

@@ -2,18 +2,22 @@
 
 With W the base, W' the exact result in fp32, Δ = W' - W and F what a file holds:
 
-    right      |F - W'| <= n ulp(max(|W|, |W'|, |Δ|)) + 2^-20 max(|W|, |W'|, |Δ| of the row)
+    right      |F - W'| <= Σ ulp(max(|W_k-1|, |W_k|, |W_k - W_k-1|))
+                           + 2^-20 max(|W|, |W'|, |Δ| of the row)
     strength   t = <F - W, Δ> / ||Δ||², 1 when the adapters were merged at the strength asked for
     its error  sqrt(Σ (F - W - tΔ)² Δ²) / ||Δ||²
 
-ulp is that of the file's number type, n the number of changes of the weight: a tool that rounds every ΔW before it adds it
-and the sum again is off by half a unit of each, (|Δ| + |W'|) ulp / 2. The second term is for fp32 sums in another order.
+The sum runs over the adapters, W_k being the exact result of the first k, and ulp is that of the
+file's number type: a tool that rounds every ΔW before it adds it, and the sum again, is off by half
+a unit of each. The other term is for fp32 sums in another order.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, TypeAlias
 
 import torch
@@ -80,8 +84,9 @@ class Comparison:
     def verdict(self) -> Verdict:
         """Whether the weight is base + adapters.
 
-        All elements must be right, and the change must be there: at the strength asked for, or at the one that rounding
-        leaves of it. Where rounding swallows most of the change, those elements decide that it still moves.
+        All elements must be right, and the change must be there: at the strength asked for, or at
+        the one that rounding leaves of it. Where rounding swallows most of the change, those
+        elements decide that it still moves.
         """
         if self.wrong:
             return "no"
@@ -110,20 +115,24 @@ class Comparison:
                 setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
-def compare(exact: Tensor, before: Tensor, found: Tensor, dtype: str, steps: int) -> Comparison:
-    """Compare rows of a file with W' = `exact` and W = `before`, all (rows, columns).
+def compare(stages: Sequence[Tensor], found: Tensor, dtype: str) -> Comparison:
+    """Compare rows of a file with W_0 = W, W_1, …, W_n = W' = `stages`, all (rows, columns).
 
-    found: in its own number type `dtype` (a key of MANTISSA); steps: how many changes the weight has had.
+    found: in its own number type `dtype`, a key of MANTISSA.
     """
     kind = torch_dtype(dtype)
+    before, exact = stages[0], stages[-1]
     nearest, unmoved = exact.to(kind), before.to(kind)
     delta = exact - before
     value = found.float()
     error = value - exact
-    size = torch.maximum(exact.abs(), before.abs())
-    allowed = steps * ulp(torch.maximum(size, delta.abs()), dtype)
-    row = torch.maximum(size, delta.abs().amax(dim=1, keepdim=True))
-    allowed += SLACK * row
+    allowed = SLACK * torch.maximum(exact.abs(), before.abs()).maximum(
+        delta.abs().amax(dim=1, keepdim=True)
+    )
+    for first, second in pairwise(stages):
+        allowed += ulp(
+            torch.maximum(first.abs(), second.abs()).maximum((second - first).abs()), dtype
+        )
     ratio = (error.abs() / allowed).nan_to_num(math.inf, math.inf)
     right = found == nearest
     moved = nearest != unmoved
@@ -147,7 +156,8 @@ def compare(exact: Tensor, before: Tensor, found: Tensor, dtype: str, steps: int
 
 
 def ulp(value: Tensor, dtype: str) -> Tensor:
-    """Distance of neighbouring numbers of `dtype` at |value| (fp32): 2^(floor(log2 |value|) - p), p its mantissa bits.
+    """Distance of neighbouring numbers of `dtype` at |value| (fp32): 2^(floor(log2 |value|) - p), p
+    its mantissa bits.
 
     Never below the smallest subnormal number of the type.
     """
@@ -155,5 +165,5 @@ def ulp(value: Tensor, dtype: str) -> Tensor:
     assert kind is not None
     limits = torch.finfo(kind)
     _, exponent = torch.frexp(value)  # value = m 2^e, m in [1/2, 1)
-    step = torch.ldexp(torch.ones_like(value), exponent - 1 - MANTISSA[dtype])
+    step = torch.ldexp((value != 0).float(), exponent - 1 - MANTISSA[dtype])
     return step.clamp_(min=max(limits.smallest_normal * limits.eps, 2.0**-149))

@@ -26,6 +26,7 @@ from peftsurgery.adapter import Adapter
 from peftsurgery.algorithms import WeightAdapter, difference
 from peftsurgery.checkpoint import Checkpoint, open_checkpoint
 from peftsurgery.codec import BaseWeights, Encoded, decode, encode, open_adapter, write_encoded
+from peftsurgery.codec.bases import base_names
 from peftsurgery.codec.explaining import explain_checkpoint
 from peftsurgery.codec.files import flushing, kohya_hashes, publish
 from peftsurgery.errors import CheckFailed, Finding, UsageError
@@ -57,7 +58,7 @@ class ConvertReport(Report):
 
 @contextlib.contextmanager
 def _collector_paused() -> Iterator[None]:
-    """No cyclic garbage collection: thousands of objects are made and kept, and every pass over them is for nothing."""
+    """No cyclic garbage collection: thousands of objects are made and kept; each pass finds nothing."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -102,8 +103,7 @@ def convert(
     _check_target(source, dst, overwrite)
     kept = _without(source, drop)
     hashing = _Hashing(source, enabled=not dry_run)
-    weights = _base(base, architecture, kept)
-    known = weights.modules() if weights else None
+    weights, known = _base(base, architecture, kept)
     tensors = _Headers(kept) if dry_run else kept
     adapter = decode(tensors, architecture=architecture, known=known)
     original_layout = adapter.layout
@@ -125,7 +125,7 @@ def convert(
     if dtype != "keep":
         _cast(encoded, DTYPES[dtype], source)
     report = ConvertReport("convert")
-    report.findings.extend([*adapter.findings, *encoded.findings])
+    report.findings.extend([*adapter.findings, *encoded.findings, *_dead(adapter)])
     _account(report, source, kept, left_out, drop)
     _summarise(report, adapter, original_layout, to, encoded)
     if dry_run:
@@ -176,17 +176,15 @@ def _check_target(source: Checkpoint, dst: Path, overwrite: bool) -> None:
 
 def _base(
     base: str | Path | None, architecture: str | None, checkpoint: Checkpoint
-) -> BaseWeights | None:
+) -> tuple[BaseWeights | None, dict[str, list[str]] | None]:
     if base is None:
-        return None
+        return None, None
     opened = open_checkpoint(base)
     refuse_pending(opened)
+    known = base_names(opened)
     if architecture is None:
-        try:
-            architecture = explain_checkpoint(checkpoint).architecture.name
-        except UsageError:
-            architecture = "llm"
-    return BaseWeights(opened, architectures.get(architecture))
+        architecture = explain_checkpoint(checkpoint, known=known).architecture.name
+    return BaseWeights(opened, architectures.get(architecture)), known
 
 
 class _Headers(Checkpoint):
@@ -261,21 +259,69 @@ def _filter(
     for path in removed:
         del adapter.modules[path]
     if only:
+        for key in adapter.extras:
+            adapter.findings.append(Finding("info", "left-out", "tensor left out on request", key))
         adapter.extras.clear()
     return removed
+
+
+def _dead(adapter: Adapter) -> list[Finding]:
+    """Modules that change nothing: never trained, or what was trained was lost on saving."""
+    dead = [path for path, module in adapter.modules.items() if module.is_zero()]
+    if not dead:
+        return []
+    return [
+        Finding(
+            "warning",
+            "dead-modules",
+            f"{len(dead)} of {len(adapter.modules)} modules are all zero and do nothing",
+            dead[0],
+            "expected for modules that were not trained; otherwise the trained values were lost on saving",
+        )
+    ]
 
 
 # writing -----------------------------------------------------------------------------------------------------------
 
 
 def _cast(encoded: Encoded, dtype: torch.dtype, source: Checkpoint) -> None:
-    """Cast the factors; alpha stays fp32, integers stay. What was read of `source` does not stay in memory."""
-    for tensors in encoded.tensors.values():
-        for done, (key, tensor) in enumerate(tensors.items()):
-            if done % BATCH == 0:
+    """Cast the factors; alpha stays fp32, integers stay. What was read of `source` is released."""
+
+    def rounded(tensor: torch.Tensor) -> torch.Tensor:
+        narrow = tensor.element_size() <= 2  # exact in fp32, and twice as fast by way of it
+        return (tensor.detach().float() if narrow else tensor.detach()).to(dtype)
+
+    with _workers() as threads:
+        for tensors in encoded.tensors.values():
+            keys = [
+                key
+                for key, tensor in tensors.items()
+                if tensor.is_floating_point()
+                and not key.endswith(".alpha")
+                and tensor.dtype != dtype
+            ]
+            for start in range(0, len(keys), BATCH):
+                some = keys[start : start + BATCH]
+                cast = threads.map(rounded, [tensors[key] for key in some])
+                tensors.update(zip(some, cast, strict=True))
                 source.release()
-            if tensor.is_floating_point() and not key.endswith(".alpha") and tensor.dtype != dtype:
-                tensors[key] = tensor.detach().to(dtype)
+
+
+@contextlib.contextmanager
+def _workers() -> Iterator[ThreadPoolExecutor]:
+    """As many threads as torch would use in one operation, each running whole operations.
+
+    Modules are many and small, and threads that meet inside every operation lose much of their time
+    waiting, most of all where other programs run.
+    """
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    threads = ThreadPoolExecutor(min(count, 4))
+    try:
+        yield threads
+    finally:
+        threads.shutdown(cancel_futures=True)
+        torch.set_num_threads(count)
 
 
 # the report ------------------------------------------------------------------------------------------------------------
@@ -430,11 +476,8 @@ def _prove(
     modules = list(adapter.modules.items())
     pairs = [(module, again.modules.pop(path, None)) for path, module in modules]
     batches = [pairs[n : n + BATCH] for n in range(0, len(pairs), BATCH)]
-    with (
-        ThreadPoolExecutor(2) as threads,
-        contextlib.closing(threads.map(_changes, batches)) as found,
-    ):
-        errors = (error for batch in found for error in batch)
+    with _workers() as threads:
+        errors = (error for batch in threads.map(_changes, batches) for error in batch)
         for done, ((path, module), (_, back)) in enumerate(zip(modules, pairs, strict=True)):
             if progress is not None:
                 progress(done, len(modules), path)

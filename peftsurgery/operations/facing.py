@@ -1,4 +1,6 @@
-"""The tensors of a merged checkpoint, asked for by the names of its base, whatever vocabulary or sharding it has."""
+"""The tensors of a merged checkpoint, asked for by the names of its base, whatever vocabulary or
+sharding it has.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 @dataclass(frozen=True)
 class Found:
-    """A tensor of the merged checkpoint in the base's orientation: stored so, or put together from its home parts."""
+    """A tensor of the merged checkpoint in the base's orientation: stored so, or put together
+    from its home parts.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -29,7 +33,9 @@ class Found:
     whole: Tensor | None = None
 
     def reshapes(self, shape: tuple[int, ...]) -> bool:
-        """Whether it is the same weight up to dimensions of one (a linear layer as a 1x1 convolution)."""
+        """Whether it is the same weight up to dimensions of one (a linear layer as a 1x1
+        convolution).
+        """
         return [n for n in self.shape if n != 1] == [n for n in shape if n != 1]
 
     def rows(self, start: int, stop: int, count: int) -> Tensor:
@@ -49,7 +55,9 @@ class Found:
         return self.stored.torch()
 
     def holds(self, base: LazyTensor) -> bool:
-        """Whether it is the base's tensor, rounded to nearest where the number type differs; NaN equals NaN."""
+        """Whether it is the base's tensor, rounded to nearest where the number type differs; NaN
+        equals NaN.
+        """
         if not self.reshapes(tuple(base.shape)):
             return False
         if self.stored is not None and self.dtype == base.dtype:
@@ -95,7 +103,9 @@ class Facing:
         return sorted(sizes, key=lambda dtype: -sizes[dtype])
 
     def find(self, name: str) -> Found | None:
-        """The counterpart of a tensor of the base, by its stored name or through its home names; None when there is none."""
+        """The counterpart of a tensor of the base, by its stored name or through its home names;
+        None when there is none.
+        """
         if name in self.merged:
             self.used.add(name)
             tensor = self.merged[name]
@@ -139,8 +149,9 @@ def leftovers(
 ) -> tuple[list[str], list[str], list[str]]:
     """(really missing, not compared, unexplained extra) of tensors without counterpart.
 
-    Not compared: components one side lacks altogether, tensors no table knows on either side, integer buffers, and one of
-    two tensors that are the same bytes (a tied head). Everything else counts.
+    Not compared: components one side lacks altogether, tensors no table knows on either side,
+    integer buffers, and one of two tensors that are the same bytes (a tied head). Everything else
+    counts.
     """
     base, merged = facing.base.checkpoint, facing.merged
     really: list[str] = []

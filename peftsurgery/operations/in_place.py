@@ -1,7 +1,8 @@
 """merge --in-place: overwrite the touched tensors of the base itself, under a journal.
 
-Every result is computed from the originals in the journal, never from what stands in the base, so that a merge killed at
-any moment is finished by the same command, and rolled back by `unmerge --in-place`. Header and metadata stay as they are.
+Every result is computed from the originals in the journal, never from what stands in the base, so
+that a merge killed at any moment is finished by the same command, and rolled back by `unmerge
+--in-place`. Header and metadata stay as they are.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from peftsurgery.checkpoint import Checkpoint, open_checkpoint
+from peftsurgery.checkpoint.pickles import is_pickle_name
 from peftsurgery.checkpoint.writing import as_bytes
 from peftsurgery.errors import CheckFailed, Finding, UnsupportedError, UsageError
 from peftsurgery.operations.apply import Pipeline, Settings, Survival, alternatives
@@ -65,11 +67,13 @@ def merge_in_place(
     dry_run: bool,
     progress: Progress | None,
 ) -> MergeReport:
-    """Overwrite the touched tensors of the base; `undo` becomes the journal's name at the end, else it is removed.
+    """Overwrite the touched tensors of the base; `undo` becomes the journal's name at the end, else
+    it is removed.
 
-    A journal that is already there is resumed when it is of this very merge. On any error, and on Ctrl-C, the originals
-    are put back before the error is raised. Raises UnsupportedError for a merge that changes shapes or number types, and
-    for files that are links; UsageError for a journal of another merge.
+    A journal that is already there is resumed when it is of this very merge. On any error, and on
+    Ctrl-C, the originals are put back before the error is raised. Raises UnsupportedError for a
+    merge that changes shapes or number types, and for files that are links; UsageError for a
+    journal of another merge.
     """
     base = inputs.base.checkpoint
     check_possible(inputs, settings)
@@ -77,7 +81,10 @@ def merge_in_place(
     describe(report, inputs, settings)
     report.findings.append(
         Finding(
-            "info", "in-place", "header and metadata of the base stay as they are: nothing in the files names the merge"
+            "info",
+            "in-place",
+            "header and metadata of the base stay as they are: nothing in the files names the "
+            "merge",
         )
     )
     journal = pending(base)
@@ -120,7 +127,8 @@ def merge_in_place(
         _close(journal, undo)
     report.summary["in place"] = "resumed and finished" if resumed else "done"
     report.summary["check"] = (
-        f"reopened: {len(survival)} touched tensors recomputed ({'full' if full else 'sample'}), the bytes of all others "
+        f"reopened: {len(survival)} touched tensors recomputed ({'full' if full else 'sample'}), "
+        "the bytes of all others "
         "unchanged by SHA-256"
     )
     report.outputs.extend(str(root / file.path) for file in record.files)
@@ -134,28 +142,32 @@ def check_possible(inputs: Inputs, settings: Settings) -> None:
     base = inputs.base.checkpoint
     if inputs.restructured:
         raise UnsupportedError(
-            f"{base.source}: the result has other tensors than the base ({inputs.findings[0].message}), which cannot be done "
+            f"{base.source}: the result has other tensors than the base "
+            f"({inputs.findings[0].message}), which cannot be done "
             "in place; use -o."
         )
     for name, tensor in base.items():
-        if tensor.file_range() is None:
+        if is_pickle_name(tensor.path.name):
             raise UnsupportedError(f"{tensor.path}: a pickle cannot be merged in place; use -o.")
         if settings.dtype and tensor.dtype in DENSE and tensor.dtype != settings.dtype:
             raise UnsupportedError(
-                f"{name!r}: is {tensor.dtype}; --dtype to {settings.dtype} changes the size of the file, which cannot be done "
+                f"{name!r}: is {tensor.dtype}; --dtype to {settings.dtype} changes the size of "
+                "the file, which cannot be done "
                 "in place; use -o."
             )
     for name, target in inputs.plan.targets.items():
         before = tuple(base[name].shape) if name in base else None
         if before != target.shape:
             raise UnsupportedError(
-                f"{name!r}: the merge makes {list(target.shape)} of {list(before or ())}, which cannot be done in place; "
+                f"{name!r}: the merge makes {list(target.shape)} of {list(before or ())}, which "
+                "cannot be done in place; "
                 "use -o."
             )
     for file in base.files:
         if file.is_symlink() or file.stat().st_nlink > 1:
             raise UnsupportedError(
-                f"{file}: is a link; overwriting it would change the file under its other names too (a download cache, for "
+                f"{file}: is a link; overwriting it would change the file under its other names "
+                "too (a download cache, for "
                 "one). Copy it first, or use -o."
             )
 
@@ -175,7 +187,9 @@ def _is_done(undo: Path, base: Checkpoint, words: Merge) -> bool:
 
 
 def _is_copy(undo: Path, journal: Path | None) -> bool:
-    """Whether `undo` is the copy that an interrupted run made of the journal on another file system."""
+    """Whether `undo` is the copy that an interrupted run made of the journal on another file
+    system.
+    """
     return journal is not None and read_undo(undo).same_as(read_undo(journal))
 
 
@@ -236,7 +250,9 @@ def _pieces(
 
 
 def _prove(inputs: Inputs, settings: Settings, record: Undo, *, full: bool) -> list[str]:
-    """Recompute the touched tensors from what the files now hold, and digest the rest; returns the files' digests."""
+    """Recompute the touched tensors from what the files now hold, and digest the rest; returns
+    the files' digests.
+    """
     base = inputs.base.checkpoint
     written = open_checkpoint(base.path)
     for name, target in _from_originals(inputs, record).items():
@@ -248,7 +264,9 @@ def _prove(inputs: Inputs, settings: Settings, record: Undo, *, full: bool) -> l
         path = root_of(base) / file.path
         whole, rest = digest_of(path, ranges_of(record, index))
         if rest != file.rest:
-            raise CheckFailed(f"{path}: tensors that the merge leaves alone have changed meanwhile.")
+            raise CheckFailed(
+                f"{path}: tensors that the merge leaves alone have changed meanwhile."
+            )
         digests.append(whole)
     return digests
 

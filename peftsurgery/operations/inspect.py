@@ -92,10 +92,9 @@ def _explain(
 ) -> tuple[Explanation, list[Explanation]]:
     known = None
     if base is not None:
-        from peftsurgery.codec.bases import BaseWeights
+        from peftsurgery.codec.bases import base_names
 
-        family = architectures.get(architecture or "llm")
-        known = BaseWeights(open_checkpoint(base), family).modules()
+        known = base_names(open_checkpoint(base))
     try:
         return explain_checkpoint(checkpoint, architecture=architecture, known=known), []
     except AmbiguousArchitecture as error:

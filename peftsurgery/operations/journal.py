@@ -1,9 +1,12 @@
-"""The journal of a change in place: an undo file that lies beside the base from before its first byte changes until after
-the last check.
+"""The journal of a change in place: an undo file that lies beside the base from before its first
+byte changes until after the last check.
 
-Whatever happens in between, the originals are complete and on disk, so the change can be finished or rolled back:
+Whatever happens in between, the originals are complete and on disk, so the change can be finished
+or rolled back:
 
-    journal written, fsync, renamed, folder fsync | bytes overwritten, fsync | checked | journal removed or renamed, fsync
+    journal written, fsync; renamed, folder fsync
+    bytes overwritten, fsync; checked
+    journal removed or renamed, folder fsync
 """
 
 from __future__ import annotations
@@ -24,13 +27,17 @@ Advance = Callable[[int, str], None]  # bytes done, what
 
 
 def journal_path(base: Checkpoint) -> Path:
-    """Where the journal of a merge in place into `base` lies: in its folder, named after its first weight file."""
+    """Where the journal of a merge in place into `base` lies: in its folder, named after its
+    first weight file.
+    """
     name = base.files[0].relative_to(root_of(base)).as_posix().replace("/", ".")
     return root_of(base) / f"{name}{SUFFIX}"
 
 
 def pending(checkpoint: Checkpoint) -> Path | None:
-    """The journal of an unfinished merge in place into any of the files of `checkpoint`, or None."""
+    """The journal of an unfinished merge in place into any of the files of `checkpoint`, or
+    None.
+    """
     files = {file.resolve() for file in checkpoint.files}
     folders = {file.parent for file in checkpoint.files}
     for folder in sorted(folders | {folder.parent for folder in folders}):
@@ -45,7 +52,9 @@ def pending(checkpoint: Checkpoint) -> Path | None:
 
 
 def refuse_pending(checkpoint: Checkpoint) -> None:
-    """Raise UsageError, naming both ways out, when a merge in place into this checkpoint was interrupted."""
+    """Raise UsageError, naming both ways out, when a merge in place into this checkpoint was
+    interrupted.
+    """
     journal = pending(checkpoint)
     if journal is not None:
         raise UsageError(unfinished(checkpoint.source, read_undo(journal)))
@@ -54,15 +63,19 @@ def refuse_pending(checkpoint: Checkpoint) -> None:
 def unfinished(source: str, undo: Undo) -> str:
     """The message about an unfinished merge in place, with both ways out."""
     return (
-        f"{source}: a merge in place was interrupted here; its weights are half written. Either finish it with the same "
-        f"command (merge {source} --in-place, adapters {undo.merge.adapters}, {undo.merge.options}), or roll it back: "
+        f"{source}: a merge in place was interrupted here; its weights are half written. Either "
+        "finish it with the same "
+        f"command (merge {source} --in-place, adapters {undo.merge.adapters}, "
+        f"{undo.merge.options}), or roll it back: "
         f"peftsurgery unmerge {source} --undo {undo.path} --in-place."
     )
 
 
 @contextmanager
 def locked(journal: Path) -> Iterator[None]:
-    """Hold the journal for this process; the lock ends with the process. Raises UsageError when another one has it."""
+    """Hold the journal for this process; the lock ends with the process. Raises UsageError when
+    another one has it.
+    """
     try:
         import fcntl
     except ImportError:  # no such locks on this system
@@ -90,14 +103,18 @@ def has_head(undo: Undo, index: int, path: Path) -> bool:
 
 
 def check_untouched(undo: Undo, index: int, path: Path) -> None:
-    """Raise CheckFailed unless header, size and all bytes that the merge leaves alone are those of the base's file."""
+    """Raise CheckFailed unless header, size and all bytes that the merge leaves alone are those
+    of the base's file.
+    """
     if not has_head(undo, index, path):
         raise CheckFailed(
-            f"{path}: is not the file that {undo.path} is about: its header or size differs; nothing was changed."
+            f"{path}: is not the file that {undo.path} is about: its header or size differs; "
+            "nothing was changed."
         )
     if digest_of(path, ranges_of(undo, index))[1] != undo.files[index].rest:
         raise CheckFailed(
-            f"{path}: tensors that the merge leaves alone are not those of the base {undo.path} is about; nothing was "
+            f"{path}: tensors that the merge leaves alone are not those of the base {undo.path} "
+            "is about; nothing was "
             "changed."
         )
 
@@ -108,7 +125,9 @@ def ranges_of(undo: Undo, index: int) -> list[tuple[int, int]]:
 
 
 def overwrite(path: Path, pieces: Iterable[tuple[int, memoryview]]) -> None:
-    """Write every (offset, bytes) into the file, which keeps its size; on disk when this returns."""
+    """Write every (offset, bytes) into the file, which keeps its size; on disk when this
+    returns.
+    """
     fd = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
     try:
         for offset, data in pieces:
@@ -130,7 +149,8 @@ def _pwrite(fd: int, data: memoryview, offset: int) -> int:
 def roll_back(undo: Undo, index: int, path: Path, advance: Advance | None = None) -> None:
     """Write the originals of one file back into it and prove it by its digest.
 
-    Raises CheckFailed, before anything is written, when it is another file or has changed outside of the merge.
+    Raises CheckFailed, before anything is written, when it is another file or has changed outside
+    of the merge.
     """
     check_untouched(undo, index, path)
     kept = originals(undo, index)
@@ -143,7 +163,8 @@ def prove_base(undo: Undo, index: int, path: Path) -> None:
     """Raise CheckFailed unless the file is, byte for byte, the base's."""
     if digest_of(path)[0] != undo.files[index].sha256:
         raise CheckFailed(
-            f"{path}: restored, but its SHA-256 is not that of the base ({undo.files[index].path}). {undo.path} was kept."
+            f"{path}: restored, but its SHA-256 is not that of the base "
+            f"({undo.files[index].path}). {undo.path} was kept."
         )
 
 
@@ -157,7 +178,9 @@ def _read(
 
 
 def sweep(*targets: Path) -> None:
-    """Delete what killed runs left of files that were to get these names; call it with the lock held."""
+    """Delete what killed runs left of files that were to get these names; call it with the lock
+    held.
+    """
     for target in targets:
         for part in target.parent.glob(f".{escape(target.name[:200])}.*.part"):
             part.unlink(missing_ok=True)

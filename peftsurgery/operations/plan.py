@@ -11,6 +11,8 @@ from peftsurgery.algorithms import LoRA, Replace, WeightAdapter
 from peftsurgery.algorithms.slots import fit_shape
 from peftsurgery.checkpoint import LazyTensor
 from peftsurgery.codec.bases import BaseWeights, Stored, flat_rows
+from peftsurgery.codec.decoding import BASE_COPY
+from peftsurgery.codec.detect import PEFT_PREFIX
 from peftsurgery.errors import CheckFailed, UnsupportedError, nearest
 from peftsurgery.operations.strengths import Strength, block_name, check_used
 
@@ -108,14 +110,20 @@ def plan_merge(
         prefix = _prefix(base, adapter)
         if prefix:
             plan.prefixes[index] = prefix
+        grown = _grown(base, adapter, prefix)
         for path, module in adapter.modules.items():
             plan.modules += 1
             t = strength.of(path, _block(base, path))
             if t == 0:
                 plan.idle[index] = plan.idle.get(index, 0) + 1
+            steps = [(module, t)]
+            if path in grown:
+                steps.insert(0, (grown[path], float(t != 0)))
             try:
-                for stored, edit in _edits(base, index, path, prefix, module, t):
-                    _add(targets if t else {}, stored, edit)
+                for step, factor in steps:
+                    shape = grown[path].shape if path in grown else None
+                    for stored, edit in _edits(base, index, path, prefix, step, factor, shape):
+                        _add(targets if t else {}, stored, edit)
             except Misfit as misfit:
                 problems.append(f"{names[index]}: {path}: {misfit}")
     for target in targets.values():
@@ -173,11 +181,37 @@ def prefixed(prefix: str, path: str) -> str:
     return path.removeprefix(prefix[1:]) if prefix.startswith("-") else prefix + path
 
 
+def _grown(base: BaseWeights, adapter: Adapter, prefix: str) -> dict[str, Replace]:
+    """Embeddings that had more or fewer rows in training than the base has, as PEFT saves them beside their LoRA.
+
+    `embed_tokens.base_layer.weight` is the weight the LoRA was trained on; of the base's own shape it is left aside.
+    """
+    found: dict[str, Replace] = {}
+    for key, value in adapter.extras.items():
+        if not key.endswith(BASE_COPY):
+            continue
+        module = key.removesuffix(BASE_COPY).removeprefix(PEFT_PREFIX)
+        path = next((p for p in adapter.modules if p.partition(":")[2] == module), None)
+        if path is None:
+            continue
+        component, _, inner = path.partition(":")
+        stored = base.find(f"{component}:{prefixed(prefix, inner)}")
+        if stored is not None and stored.shape != tuple(value.shape):
+            found[path] = Replace(value)
+    return found
+
+
 # placing one module -------------------------------------------------------------------------------
 
 
 def _edits(
-    base: BaseWeights, index: int, path: str, prefix: str, module: WeightAdapter, strength: float
+    base: BaseWeights,
+    index: int,
+    path: str,
+    prefix: str,
+    module: WeightAdapter,
+    strength: float,
+    grown: tuple[int, ...] | None,
 ) -> list[tuple[Stored, Edit]]:
     """The edits of one module on its stored weights and biases. Raises Misfit."""
     component, _, inner = path.partition(":")
@@ -195,7 +229,8 @@ def _edits(
         if len(parts) > 1:
             rows = weight.shape[0] if weight is not None else rows // len(parts)
         if changes_weight and weight is not None:
-            found.append((weight, _on_weight(index, path, module, strength, weight, row, rows, marked)))
+            edit = _on_weight(index, path, module, strength, weight, row, rows, marked, grown)
+            found.append((weight, edit))
         if module.bias is not None:
             bias = base.find(home, "bias")
             if bias is not None:
@@ -223,16 +258,19 @@ def _on_weight(
     row: int,
     rows: int,
     marked: bool,
+    grown: tuple[int, ...] | None,
 ) -> Edit:
     start, stop = stored.rows
     home = stored.shape or (1,)
+    if grown is not None and not isinstance(module, Replace):
+        home, stop = grown, grown[0]
     own = module.shape if rows == module.shape[0] else (rows, *module.shape[1:])
     transposed = stored.site.operator == "transpose"
     if module.padded_shape is not None:
-        grown = module.padded_shape
-        if len(grown) != len(home) or any(a < b for a, b in zip(grown, home, strict=True)):
-            raise Misfit(f"it widens the weight to {list(grown)}, the base has {list(home)}")
-        stop = grown[0]
+        wide = module.padded_shape
+        if len(wide) != len(home) or any(a < b for a, b in zip(wide, home, strict=True)):
+            raise Misfit(f"it widens the weight to {list(wide)}, the base has {list(home)}")
+        stop = wide[0]
     elif isinstance(module, Replace) and not transposed and _whole(stored) and own[1:] == home[1:]:
         if own[0] != home[0] and strength not in (0, 1):
             raise Misfit(

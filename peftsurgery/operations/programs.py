@@ -28,6 +28,9 @@ class Facts:
     scaled: bool  # some scale differs from 1
     top_level: bool  # FLUX modules outside the blocks
     values: bool
+    ab: bool  # factors are called lora_A and lora_B
+    uneven: bool  # a component's modules have different alphas
+    dotted_alpha: bool  # alpha tensors in a file with dotted component names
 
 
 Verdict = tuple[str, str]  # ("yes" | "partly" | "no", why)
@@ -35,6 +38,8 @@ Verdict = tuple[str, str]  # ("yes" | "partly" | "no", why)
 
 def programs(layout: Layout, explanation: Explanation, rows: list[Row]) -> list[Row]:
     """One row per program: whether it loads the file, and the reason when it does not or not all of it."""
+    if explanation.architecture.name == "generic":
+        return []  # the names of families without a table are not known to be the program's own
     facts = _facts(layout, explanation, rows)
     result: list[Row] = []
     for name, rule in PROGRAMS.items():
@@ -66,7 +71,18 @@ def _facts(layout: Layout, explanation: Explanation, rows: list[Row]) -> Facts:
         explanation.architecture.name == "flux"
         and any("blocks." not in p.site.parts[0] for p in explanation.placements.values()),
         any(r.algorithm == "set" or "bias_value" in r.keys for r in records),
+        bool(suffixes & {"lora_A.weight", "lora_A"}),
+        _uneven(rows),
+        layout.container == "component" and "alpha" in suffixes,
     )
+
+
+def _uneven(rows: list[Row]) -> bool:
+    alphas: dict[str, set[float]] = {}
+    for row in rows:
+        if isinstance(alpha := row["alpha"], int | float):
+            alphas.setdefault(str(row["module"]).partition(":")[0], set()).add(float(alpha))
+    return any(len(found) > 1 for found in alphas.values())
 
 
 def _diffusers(f: Facts) -> Verdict | None:
@@ -76,15 +92,23 @@ def _diffusers(f: Facts) -> Verdict | None:
         return "no", "reads LoRA only; convert with --algorithm lora"
     if f.dora & {"dora_scale"}:
         return "partly", "drops dora_scale and applies a plain LoRA"
-    if f.container == "flat" and f.family == "flux" and f.top_level:
+    if f.layout == "kohya-hf" and f.family == "flux":
+        return "no", "knows FLUX by its native names only under lora_unet_; --to kohya"
+    if f.layout == "kohya-ldm" and f.family in ("sd1", "sd2"):
+        return "no", "renames input_blocks for SDXL only; --to kohya"
+    if f.container == "flat" and f.family != "flux" and f.uneven:
+        return "partly", "applies one alpha to modules whose alphas differ; --alpha fold"
+    if f.dotted_alpha and f.family != "flux":
+        return "no", "refuses alpha tensors under dotted names; --to diffusers or --alpha fold"
+    if f.container in ("flat", "comfy") and f.family == "flux" and f.top_level and not f.ab:
         return (
             "partly",
             "loses FLUX layers outside the blocks of Kohya files; --to diffusers keeps them",
         )
     if f.layout == "onetrainer" and f.family == "flux":
         return "partly", "folds several layers of each block onto one key"
-    if f.container == "comfy" and f.family == "flux":
-        return "no", "finds no key: the names are BFL's under diffusion_model.; --to diffusers"
+    if f.container == "comfy" and (f.family != "flux" or f.ab):
+        return "no", "finds no key: it does not know these names under diffusion_model.; --to diffusers"
     if f.container == "bare" and f.layout not in ("xlabs", "bfl", "sai-control-lora"):
         return "no", "the names carry no component prefix; --to diffusers"
     if f.layout == "lycoris":

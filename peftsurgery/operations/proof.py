@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from peftsurgery.checkpoint import Checkpoint, LazyTensor
@@ -43,7 +44,7 @@ def tile_that_differs(
     tiles = spans(target)
     flat = target.flat(found)
     for start, stop in tiles if full else [tiles[len(tiles) // 2]]:
-        expected, _ = renderer.tile(start, stop)
+        expected = renderer.rounded(start, stop)
         part = flat.rows(start, stop) if flat.shape else flat
         if as_bytes(expected) != part.read():
             return f"{start}:{stop}"
@@ -58,9 +59,11 @@ def _equal(before: LazyTensor, after: LazyTensor, settings: Settings) -> bool:
         return False
     if dtype != before.dtype:
         return torch.equal(before.torch().to(torch_dtype(dtype)), after.torch())
-    return before.read() == after.read()
+    return np.array_equal(_bytes(before), _bytes(after))
 
 
+def _bytes(tensor: LazyTensor) -> np.ndarray:
+    return np.frombuffer(tensor.read(), np.uint8)
 
 
 def written_dtype(tensor: LazyTensor, settings: Settings) -> str:

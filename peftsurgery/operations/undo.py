@@ -3,41 +3,32 @@
 A safetensors file. Tensors, counted by the weight files of the base in their order:
 
     header/<i>        the first bytes of file i, up to its payload, as they stand (U8)
-    tensor/<i>/<name> the original of every tensor that the merge changed, in its own dtype and shape
+    tensor/<i>/<name> the original of every tensor that the merge changed, its dtype and shape kept
     side/<k>          a small or changed side file (config, index), as it stands (U8)
-    merged            SHA-256 of every merged file (U8, [files, 32]); zeros while a merge in place is under way
+    merged            SHA-256 of every merged file (U8, [files, 32]); zeros while a merge in place
+                      is under way
 
-Its metadata names the files with their digests. A merge in place writes the same file first, beside the base and under a
-name of its own: then it is the journal, and as long as it lies there the base is unfinished.
+Its metadata names the files with their digests. A merge in place writes the same file first, beside
+the base and under a name of its own: then it is the journal, and as long as it lies there the base
+is unfinished.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-import numpy as np
-import torch
-
-from peftsurgery import __version__
-from peftsurgery.algorithms import WeightAdapter
 from peftsurgery.checkpoint import (
     Checkpoint,
     Header,
     LazyTensor,
     open_checkpoint,
     parse_header,
-    save,
-    sha256_of,
 )
-from peftsurgery.checkpoint.writing import as_bytes
 from peftsurgery.errors import UnsafeInputError, UnsupportedError, UsageError
-from peftsurgery.operations.apply import Settings
-from peftsurgery.operations.plan import MergePlan
 
 FORMAT = "peftsurgery.undo"
 SMALL = 1 << 20  # bytes; side files up to here are kept whether the merge changed them or not
@@ -103,7 +94,9 @@ class Undo:
         return parse_header(raw[8:], size - len(raw), where=where)
 
     def original(self, index: int, name: str) -> LazyTensor | None:
-        """The original of a tensor by the name it has in its file; None when the merge left it alone."""
+        """The original of a tensor by the name it has in its file; None when the merge left it
+        alone.
+        """
         return self.checkpoint.get(f"tensor/{index}/{name}")
 
     def merged(self, index: int) -> str | None:
@@ -116,147 +109,20 @@ class Undo:
         return (self.merge, self.files, self.sides) == (other.merge, other.files, other.sides)
 
 
-def identity(plan: MergePlan, settings: Settings) -> str:
-    """SHA-256 of all that decides the result of a merge, besides the base: modules, places, strengths and rounding."""
-    digest = hashlib.sha256(repr(settings).encode())
-    modules: dict[int, bytes] = {}
-    for target in plan.targets.values():
-        digest.update(repr((target.name, target.shape)).encode())
-        for edit in target.edits:
-            for field in fields(edit):
-                value = getattr(edit, field.name)
-                if isinstance(value, WeightAdapter):
-                    if id(value) not in modules:
-                        modules[id(value)] = _module_digest(value)
-                    digest.update(modules[id(value)])
-                elif isinstance(value, torch.Tensor):
-                    digest.update(as_bytes(value))
-                else:
-                    digest.update(repr((field.name, value)).encode())
-    return digest.hexdigest()
-
-
-def _module_digest(module: WeightAdapter) -> bytes:
-    names = ("magnitude_axis", "bias_is_value", "padded_shape", "stored", *module.options)
-    settings = [module.algorithm, float(module.scale), *(getattr(module, n) for n in names)]
-    digest = hashlib.sha256(repr(settings).encode())
-    for name, tensor in module.tensors().items():
-        digest.update(repr((name, tuple(tensor.shape), tensor.dtype)).encode())
-        digest.update(as_bytes(tensor))
-    return digest.digest()
-
-
-# writing ------------------------------------------------------------------------------------------
-
-
-def check_undoable(base: Checkpoint) -> None:
-    """Raise UnsupportedError for a base that no undo file can restore."""
-    if any(tensor.file_range() is None for tensor in base.values()):
-        raise UnsupportedError(
-            f"{base.source}: a pickle cannot be restored bit for bit from safetensors; convert the base first, or leave "
-            "--undo out."
-        )
-
-
-def write_undo(
-    path: Path,
-    base: Checkpoint,
-    changed: Iterable[str],
-    merge: Merge,
-    *,
-    merged: Path | None = None,
-    overwrite: bool = False,
-) -> tuple[Path, ...]:
-    """Write the undo file of a merge of `base`: complete and on disk before it appears under `path`.
-
-    changed: names of the tensors the merge changes. merged: the finished result, a file or a folder laid out like the
-    base; None for a merge in place, whose digests are added at its end (`record_merged`).
-    """
-    check_undoable(base)
-    root = root_of(base)
-    index = {file: number for number, file in enumerate(base.files)}
-    tensors: dict[str, LazyTensor | np.ndarray] = {}
-    ranges: dict[Path, list[tuple[int, int]]] = {file: [] for file in base.files}
-    for name in changed:
-        tensor = base[name]
-        tensors[f"tensor/{index[tensor.path]}/{tensor.name}"] = tensor
-        span = tensor.file_range()
-        assert span is not None
-        ranges[tensor.path].append(span)
-    files: list[WeightFile] = []
-    digests = np.zeros((len(base.files), 32), np.uint8)
-    for file, number in index.items():
-        whole, rest = digest_of(file, ranges[file])
-        files.append(WeightFile(_below(file, root), file.stat().st_size, whole, rest))
-        tensors[f"header/{number}"] = np.frombuffer(_head_of(file), np.uint8)
-        if merged is not None:
-            result = merged / files[-1].path if merged.is_dir() else merged
-            digests[number] = np.frombuffer(bytes.fromhex(sha256_of(result)), np.uint8)
-    tensors["merged"] = digests
-    sides, left_out = _side_files(base, root, merged, tensors)
-    record = {
-        "version": 1,
-        "base": Path(base.source).name,
-        "folder": is_folder(base),
-        "merge": asdict(merge),
-        "files": [asdict(file) for file in files],
-        "sides": [asdict(side) for side in sides],
-        "left_out": left_out,
-    }
-    metadata = {
-        "peftsurgery.operation": "undo",
-        "peftsurgery.version": __version__,
-        FORMAT: json.dumps(record, sort_keys=True, ensure_ascii=False),
-    }
-    return save(path, tensors, metadata, overwrite=overwrite)
-
-
-def _side_files(
-    base: Checkpoint, root: Path, merged: Path | None, tensors: dict[str, LazyTensor | np.ndarray]
-) -> tuple[list[SideFile], list[str]]:
-    """Files beside the weights that the merge copied or rewrote, and those it left out."""
-    sides: list[SideFile] = []
-    if merged is None or not merged.is_dir():
-        return sides, []
-    weights = {_below(file, root) for file in base.files}
-    written = {_below(file, merged) for file in merged.rglob("*") if file.is_file()} - weights
-    for name in sorted(written):
-        source = root / name
-        if not source.is_file():
-            continue
-        digest = sha256_of(source)
-        kept = source.stat().st_size <= SMALL or sha256_of(merged / name) != digest
-        if kept:
-            tensors[f"side/{len(sides)}"] = np.frombuffer(source.read_bytes(), np.uint8)
-        sides.append(SideFile(name, digest, kept))
-    left_out: list[str] = []
-    if base.path.is_dir():
-        present = {_below(file, root) for file in root.rglob("*") if file.is_file()}
-        left_out = sorted(present - written - weights)
-    return sides, left_out
-
-
-def record_merged(path: Path, undo: Undo, digests: Sequence[str]) -> None:
-    """Write the digests of the merged files into a finished journal, on disk before this returns."""
-    span = undo.checkpoint["merged"].file_range()
-    assert span is not None
-    with open(path, "r+b", buffering=0) as file:
-        file.seek(span[0])
-        file.write(bytes.fromhex("".join(digests)))
-        os.fsync(file.fileno())
-
-
 # reading ------------------------------------------------------------------------------------------
 
 
 def read_undo(path: str | Path) -> Undo:
-    """Open an undo file. Raises UsageError when it is none, UnsafeInputError when it contradicts itself."""
+    """Open an undo file. Raises UsageError when it is none, UnsafeInputError when it contradicts
+    itself.
+    """
     path = Path(path)
     checkpoint = open_checkpoint(path)
     text = checkpoint.metadata.get(FORMAT)
     if text is None:
         raise UsageError(
-            f"{path}: is no undo file. Expected what `merge --undo FILE` or an interrupted `merge --in-place` left."
+            f"{path}: is no undo file. Expected what `merge --undo FILE` or an interrupted `merge "
+            "--in-place` left."
         )
     try:
         record = json.loads(text)
@@ -273,7 +139,9 @@ def read_undo(path: str | Path) -> Undo:
             tuple(map(str, record["left_out"])),
         )
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise UnsafeInputError(f"{path}: the record of the undo file is damaged: {error}") from error
+        raise UnsafeInputError(
+            f"{path}: the record of the undo file is damaged: {error}"
+        ) from error
     _check(undo)
     return undo
 
@@ -339,13 +207,7 @@ def digest_of(path: Path, left_out: Sequence[tuple[int, int]] = ()) -> tuple[str
     return whole.hexdigest(), rest.hexdigest()
 
 
-def _head_of(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        length = file.read(8)
-        return length + file.read(int.from_bytes(length, "little"))
-
-
-def _below(path: Path, root: Path) -> str:
+def below(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix()
 
 

@@ -1,8 +1,11 @@
-"""unmerge: turn a merged checkpoint back into its base, bit for bit, from the undo file of the merge.
+"""unmerge: turn a merged checkpoint back into its base, bit for bit, from the undo file of the
+merge.
 
-    file_i of the base = header_i, then every tensor by offset: its original where the merge changed it, else as it stands
+    file_i of the base = header_i, then every tensor by offset: its original where the merge
+                         changed it, else as it stands
 
-Before: the checkpoint must be the one the merge wrote, by SHA-256. After: every file must be the base's, by SHA-256.
+Before: the checkpoint must be the one the merge wrote, by SHA-256. After: every file must be the
+base's, by SHA-256.
 """
 
 from __future__ import annotations
@@ -54,14 +57,17 @@ def unmerge(
 ) -> UnmergeReport:
     """Restore the base of `merged` to `dst`, or into the files of `merged` themselves (`in_place`).
 
-    undo: what `merge --undo` wrote, or the journal of an interrupted merge in place. An interrupted unmerge in place is
-    finished by the same call.
+    undo: what `merge --undo` wrote, or the journal of an interrupted merge in place. An interrupted
+    unmerge in place is finished by the same call.
 
-    Raises CheckFailed, naming the files, when `merged` is not what the merge wrote or the result is not the base (then
-    nothing is kept); UsageError for an undo file that is none, or a journal of another merge.
+    Raises CheckFailed, naming the files, when `merged` is not what the merge wrote or the result is
+    not the base (then nothing is kept); UsageError for an undo file that is none, or a journal of
+    another merge.
     """
     if in_place == (dst is not None):
-        raise UsageError("unmerge writes either to an output (-o DST) or --in-place; give one of the two.")
+        raise UsageError(
+            "unmerge writes either to an output (-o DST) or --in-place; give one of the two."
+        )
     record = read_undo(undo)
     checkpoint = open_checkpoint(merged)
     paths = _paths(record, checkpoint)
@@ -88,7 +94,8 @@ def _paths(record: Undo, checkpoint: Checkpoint) -> list[Path]:
     if not record.folder:
         if len(checkpoint.files) != 1:
             raise CheckFailed(
-                f"{checkpoint.source}: has {len(checkpoint.files)} weight files; {record.path} is about one file, "
+                f"{checkpoint.source}: has {len(checkpoint.files)} weight files; {record.path} is "
+                "about one file, "
                 f"{record.base}."
             )
         return list(checkpoint.files)
@@ -97,13 +104,16 @@ def _paths(record: Undo, checkpoint: Checkpoint) -> list[Path]:
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
         raise CheckFailed(
-            f"{checkpoint.source}: is not the checkpoint {record.path} is about; it has no {', '.join(missing[:4])}."
+            f"{checkpoint.source}: is not the checkpoint {record.path} is about; it has no "
+            f"{', '.join(missing[:4])}."
         )
     return paths
 
 
 def _states(record: Undo, paths: list[Path], *, halfway: bool) -> list[str]:
-    """What every file is: "merged", "base", or "halfway" (some of its touched tensors overwritten)."""
+    """What every file is: "merged", "base", or "halfway" (some of its touched tensors
+    overwritten).
+    """
     states: list[str] = []
     wrong: list[str] = []
     for index, path in enumerate(paths):
@@ -119,7 +129,8 @@ def _states(record: Undo, paths: list[Path], *, halfway: bool) -> list[str]:
             wrong.append(f"{path} (SHA-256 {digest[:12]}…, expected {record.merged(index) or '?'})")
     if wrong:
         raise CheckFailed(
-            f"{len(wrong)} of {len(paths)} files are not what the merge wrote, so {record.path} does not belong to them or "
+            f"{len(wrong)} of {len(paths)} files are not what the merge wrote, so {record.path} "
+            "does not belong to them or "
             f"they changed since: {'; '.join(wrong[:4])}."
         )
     return states
@@ -173,9 +184,7 @@ def _rebuild(record: Undo, index: int, source: Path, place: Path, advance: Advan
     prove_base(record, index, place)
 
 
-def _untouched(
-    found: Checkpoint, name: str, dtype: str, shape: tuple[int, ...]
-) -> LazyTensor:
+def _untouched(found: Checkpoint, name: str, dtype: str, shape: tuple[int, ...]) -> LazyTensor:
     tensor = found.get(name)
     if tensor is None or (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
         what = f"{tensor.dtype} {list(tensor.shape)}" if tensor is not None else "missing"
@@ -200,7 +209,8 @@ def _restore_sides(record: Undo, source: Path, target: Path, *, only_kept: bool)
         elif not only_kept:
             if not (source / side.path).is_file() or sha256_of(source / side.path) != side.sha256:
                 raise CheckFailed(
-                    f"{source / side.path}: is missing or changed since the merge, and too large for the undo file to hold."
+                    f"{source / side.path}: is missing or changed since the merge, and too large "
+                    "for the undo file to hold."
                 )
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / side.path, place)
@@ -219,7 +229,9 @@ def _in_place(
 ) -> None:
     for path in paths:
         if path.is_symlink():
-            raise UsageError(f"{path}: is a symbolic link; give the path of the file itself, or -o.")
+            raise UsageError(
+                f"{path}: is a symbolic link; give the path of the file itself, or -o."
+            )
     if journal is None:
         journal = journal_path(checkpoint)
         try:
@@ -248,7 +260,9 @@ def _in_place(
 
 
 def _replace(record: Undo, index: int, path: Path, advance: Advance) -> None:
-    """A file whose header the merge changed: the base's is written beside it and renamed over it."""
+    """A file whose header the merge changed: the base's is written beside it and renamed over
+    it.
+    """
     temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(6)}.part")
     try:
         _rebuild(record, index, path, temporary, advance)
@@ -273,7 +287,9 @@ def _counter(progress: Progress | None, total: int) -> Advance:
 # the report ---------------------------------------------------------------------------------------
 
 
-def _describe(report: UnmergeReport, record: Undo, checkpoint: Checkpoint, states: list[str]) -> None:
+def _describe(
+    report: UnmergeReport, record: Undo, checkpoint: Checkpoint, states: list[str]
+) -> None:
     kept = [originals(record, index) for index in range(len(record.files))]
     report.summary.update(
         {
@@ -298,7 +314,8 @@ def _describe(report: UnmergeReport, record: Undo, checkpoint: Checkpoint, state
     if record.left_out:
         report.findings.append(
             Finding(
-                "info", "not-restored", f"files the merge did not copy: {', '.join(record.left_out[:8])}"
+                "info",
+                "not-restored",
+                f"files the merge did not copy: {', '.join(record.left_out[:8])}",
             )
         )
-

@@ -1,9 +1,11 @@
 """verify: is a merged checkpoint, whoever wrote it, really base + adapters?
 
-    |F - round(W + Δ)| within a unit in the last place, for every touched tensor; F = round(W) for all others
+    F = round(W + Δ) to a unit in the last place, for every touched tensor
+    F = round(W) for all others
 
-The plan and the arithmetic are those of `merge`; only what counts as equal is wider, because other tools round more often.
-Tensors are found by their stored name, or through the architecture's table where the file uses another vocabulary.
+The plan and the arithmetic are those of `merge`; only what counts as equal is wider, because other
+tools round more often. Tensors are found by their stored name, or through the architecture's table
+where the file uses another vocabulary.
 """
 
 from __future__ import annotations
@@ -28,9 +30,16 @@ from peftsurgery.operations.plan import Target
 from peftsurgery.operations.strengths import Strength
 from peftsurgery.reports import Progress, Report, Row
 
-PACKED = (  # last parts of names that packed weights come with
-    "absmax", "qweight", "SCB", "weight_packed", "scale_weight", "weight_scale", "weight_scale_inv", "_blocks",
-)  # fmt: skip
+PACKED = (  # how the names end that packed weights come with
+    "absmax",
+    "qweight",
+    "SCB",
+    "weight_packed",
+    "scale_weight",
+    "weight_scale",
+    "weight_scale_inv",
+    "_blocks",
+)
 NEGLIGIBLE = 0.01  # of ||Δ||²; so much may stay undecided beside a clear yes
 
 
@@ -38,7 +47,8 @@ NEGLIGIBLE = 0.01  # of ||Δ||²; so much may stay undecided beside a clear yes
 class VerifyReport(Report):
     """Report of a verification. `answer` is "yes", "no" or "undecided"; the exit code 0, 1 or 3.
 
-    strengths: adapter -> the strength its change is found with, over all modules that are not as asked.
+    strengths: adapter -> the strength its change is found with, over all modules that are not as
+    asked.
     """
 
     answer: str = "undecided"
@@ -57,24 +67,35 @@ def verify(
     *,
     architecture: str | None = None,
     relative_to: str = "current",
+    tied: str = "both",
+    residual_base: bool = False,
     allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> VerifyReport:
     """Say whether `merged` is `base` with `adapters` (source, strength) merged in that order.
 
-    `merged` may have another number type, sharding or vocabulary than `base`. Every touched tensor is computed again and
-    compared to one unit in the last place of its number type, and its effective strength is estimated; every other tensor
-    must be the base's, rounded to the number type of the file.
+    `merged` may have another number type, sharding or vocabulary than `base`. Every touched tensor
+    is computed again and compared to one unit in the last place of its number type, and its
+    effective strength is estimated; every other tensor must be the base's, rounded to the number
+    type of the file. tied, residual_base: as the merge is said to have been done, see `merge`; what
+    loaders do to a tied embedding is "both".
 
-    Raises UnsupportedError for packed (quantized) weights, and what opening and placing raise; a "no" is no error.
+    Raises UnsupportedError for packed (quantized) weights, and what opening and placing raise; a
+    "no" is no error.
     """
     inputs = open_inputs(
-        base, adapters, architecture=architecture, allow_pickle=allow_pickle
+        base,
+        adapters,
+        architecture=architecture,
+        tied_weights=tied,
+        residual_base=residual_base,
+        allow_pickle=allow_pickle,
     )
     checkpoint = open_checkpoint(merged, allow_pickle=allow_pickle)
     refuse_pending(checkpoint)
     _refuse_packed(checkpoint)
     report = VerifyReport("verify")
+    report.findings.extend(inputs.findings)
     for adapter, _ in inputs.adapters:
         report.findings.extend(adapter.findings)
     check = _Check(inputs, relative_to, Facing(inputs.base, checkpoint), report)
@@ -87,9 +108,14 @@ def _refuse_packed(checkpoint: Checkpoint) -> None:
     quantized = (checkpoint.config or {}).get("quantization_config")
     name = next((name for name in checkpoint if name.endswith(PACKED)), None)
     if quantized or name:
-        how = f"config.json has a quantization_config, {quantized}" if quantized else f"it holds {name!r}"
+        how = (
+            f"config.json has a quantization_config, {quantized}"
+            if quantized
+            else f"it holds {name!r}"
+        )
         raise UnsupportedError(
-            f"{checkpoint.source}: is quantized ({how}); whether it is base + adapters cannot be decided from packed weights. "
+            f"{checkpoint.source}: is quantized ({how}); whether it is base + adapters cannot be "
+            "decided from packed weights. "
             "Verify the file it was made from."
         )
 
@@ -135,12 +161,17 @@ class _Check:
         if found.dtype not in MANTISSA:
             self.undecidable[target.name] = found.dtype
             return
-        renderer = Renderer(target, Settings(self.relative_to, dtype=found.dtype))
+        settings = Settings(self.relative_to, dtype=found.dtype)
+        order = list(dict.fromkeys(edit.adapter for edit in target.edits))
+        stages = [
+            Renderer(_of(target, order[: count + 1]), settings) for count in range(len(order))
+        ]
         total = Comparison()
         for start, stop in spans(target):
-            exact, before = renderer.exact(start, stop)
+            results = [stage.exact(start, stop) for stage in stages]
+            weights = [results[0][1], *(exact for exact, _ in results)]
             rows = found.rows(start, stop, target.rows)
-            total.add(compare(exact, before, rows, found.dtype, len(target.edits)))
+            total.add(compare(weights, rows, found.dtype))
         self.results[target.name] = total
 
     def _untouched(self, name: str) -> None:
@@ -166,7 +197,10 @@ class _Check:
         self._find("shape", list(self.wrong_shape), "has another shape", self.wrong_shape)
         self._find("extra", extra, "is not explained by base and adapters")
         if unseen:
-            self._note("not-compared", f"{len(unseen)} tensors have no counterpart to compare: {_some(unseen)}")
+            self._note(
+                "not-compared",
+                f"{len(unseen)} tensors have no counterpart to compare: {_some(unseen)}",
+            )
         wrong = [name for name, result in self.results.items() if result.verdict == "no"]
         open_ = [name for name, result in self.results.items() if result.verdict == "undecided"]
         open_ += list(self.undecidable)
@@ -180,25 +214,39 @@ class _Check:
         self._summarise(answer, wrong, open_)
 
     def _weigh(self, undecided: list[str]) -> str:
-        """Yes when everything is exact, or all but a negligible part of the change is clearly there."""
+        """Yes when everything is exact, or all but a negligible part of the change is clearly
+        there.
+        """
         clear = [r for r in self.results.values() if r.verdict == "yes" and r.total > 0]
         if not clear:
-            self._note("nothing-decides", "rounding leaves too little of the change to tell whether it is there")
+            self._note(
+                "nothing-decides",
+                "rounding leaves too little of the change to tell whether it is there",
+            )
             return "undecided"
         vague = [self.results[name] for name in undecided if name in self.results]
         if self.undecidable:
-            self._note("not-comparable", f"stored in a type that cannot be compared: {_some(list(self.undecidable))}")
+            self._note(
+                "not-comparable",
+                f"stored in a type that cannot be compared: {_some(list(self.undecidable))}",
+            )
             return "undecided"
         if all(result.differing == 0 for result in vague):
             return "yes"
         share = sum(r.total for r in vague) / sum(r.total for r in (*vague, *clear))
         if share <= NEGLIGIBLE:
             return "yes"
-        self._note("too-little", f"too little is left of the change of {len(undecided)} tensors to tell: {_some(undecided)}")
+        self._note(
+            "too-little",
+            f"too little is left of the change of {len(undecided)} tensors to tell: "
+            f"{_some(undecided)}",
+        )
         return "undecided"
 
     def _asked(self, target: Target) -> dict[int, float]:
-        """Adapter -> the strength its change of this tensor was asked for with (the first, where they differ)."""
+        """Adapter -> the strength its change of this tensor was asked for with (the first, where
+        they differ).
+        """
         asked: dict[int, float] = {}
         for edit in target.edits:
             asked.setdefault(edit.adapter, edit.strength)
@@ -220,7 +268,9 @@ class _Check:
         }
 
     def _explain(self, wrong: list[str], asked: dict[str, dict[int, float]]) -> None:
-        """Name what the wrong tensors look like: not merged, another strength, or something else."""
+        """Name what the wrong tensors look like: not merged, another strength, or something
+        else.
+        """
         absent: dict[int, list[str]] = {}
         other: dict[tuple[int, float, float], list[str]] = {}
         strange: list[str] = []
@@ -242,22 +292,27 @@ class _Check:
                     other.setdefault((adapter, found, strength), []).append(name)
         names = self.inputs.names
         for adapter, tensors in absent.items():
-            self._error("not-merged", f"{names[adapter]} is not in {len(tensors)} tensors: {_some(tensors)}")
+            self._error(
+                "not-merged", f"{names[adapter]} is not in {len(tensors)} tensors: {_some(tensors)}"
+            )
         for (adapter, found, strength), tensors in other.items():
             self._error(
                 "wrong-strength",
-                f"{names[adapter]} looks like strength {found:g} instead of {strength:g} in {len(tensors)} tensors: "
+                f"{names[adapter]} looks like strength {found:g} instead of {strength:g} in "
+                f"{len(tensors)} tensors: "
                 f"{_some(tensors)}",
             )
         if strange:
-            self._error("other-values", f"no strength explains {len(strange)} tensors: {_some(strange)}")
+            self._error(
+                "other-values", f"no strength explains {len(strange)} tensors: {_some(strange)}"
+            )
         for adapter, values in sums.items():
             self.report.strengths[names[adapter]] = sum(values) / len(values)
 
-    def _factors(
-        self, target: Target, result: Comparison
-    ) -> dict[int, tuple[float, float]] | None:
-        """Adapter -> (factor on the strength asked for, margin) by least squares; None when no factors fit."""
+    def _factors(self, target: Target, result: Comparison) -> dict[int, tuple[float, float]] | None:
+        """Adapter -> (factor on the strength asked for, margin) by least squares; None when no
+        factors fit.
+        """
         indices = sorted({edit.adapter for edit in target.edits})
         margin = max(2 * SAME_STRENGTH, 4 * result.uncertainty)
         if result.total == 0 or margin > 0.5:
@@ -273,8 +328,7 @@ class _Check:
         columns: list[Tensor] = []
         before = torch.empty(0)
         for index in indices:
-            edits = [edit for edit in target.edits if edit.adapter == index]
-            exact, before = Renderer(replace(target, edits=edits), settings).exact(start, stop)
+            exact, before = Renderer(_of(target, [index]), settings).exact(start, stop)
             columns.append((exact - before).double().reshape(-1))
         change = (found.rows(start, stop, target.rows).float() - before).double().reshape(-1)
         matrix = torch.stack(columns, 1)
@@ -303,7 +357,8 @@ class _Check:
                 "of them wrong": len(wrong) + len(self.wrong_shape),
                 "of them undecided": len(undecided),
                 "tensors untouched and equal": self.untouched - len(self.changed),
-                "elements that differ from the nearest rounding": total.differing / max(1, total.elements),
+                "elements that differ from the nearest rounding": total.differing
+                / max(1, total.elements),
             }
         )
 
@@ -322,6 +377,10 @@ class _Check:
     def _note(self, code: str, message: str) -> None:
         self.report.findings.append(Finding("warning", code, message))
 
+
+def _of(target: Target, adapters: Sequence[int]) -> Target:
+    """The target with the edits of some adapters only."""
+    return replace(target, edits=[edit for edit in target.edits if edit.adapter in adapters])
 
 
 def _some(names: Sequence[str]) -> str:

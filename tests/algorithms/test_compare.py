@@ -148,3 +148,62 @@ def test_dora_of_different_algorithms_compares_products(rng: Generator) -> None:
     loha = LoHa(*halves, magnitude=m, magnitude_axis="out")
     lora = LoRA(halves[0], halves[1], magnitude=m, magnitude_axis="out")
     assert difference(loha, lora) < 1e-12
+
+
+def matrix(adapter: LoRA) -> torch.Tensor:
+    up, down = adapter.up.double().flatten(1), adapter.down.double().flatten(1)
+    return float(adapter.scale) * up @ down
+
+
+SHAPES = [(300, 200, 8, ()), (40, 50, 40, ()), (64, 3, 16, (3, 3)), (5, 6, 3, (1, 1))]
+
+
+def lora(rng: Generator, o: int, i: int, r: int, kernel: tuple[int, ...]) -> LoRA:
+    up = torch.randn(o, r, *[1] * len(kernel), generator=rng)
+    down = torch.randn(r, i, *kernel, generator=rng)
+    return LoRA((up * 0.01).half(), down.half(), scale=0.5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_rounding_is_measured_in_fp32(
+    shape: tuple, dtype: torch.dtype, rng: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = lora(rng, *shape)
+    b = a.with_tensors(up=a.up.to(dtype), down=a.down.to(dtype))
+    monkeypatch.delattr(compare, "low_rank_difference_norm")  # fp64 is not needed here
+    monkeypatch.delattr(compare, "_thin")
+    for x, y in ((a, b), (b, a)):
+        assert math.isclose(difference(x, y), relative(matrix(x), matrix(y)), rel_tol=1e-3)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_1e7_is_told_from_0(shape: tuple, rng: Generator) -> None:
+    """Below what fp32 can tell, and where its terms cancel, fp64 decides."""
+    a = lora(rng, *shape)
+    wide = a.with_tensors(up=a.up.float(), down=a.down.float())
+    assert difference(a, wide) == 0.0
+    moved = torch.where(torch.rand(a.up.shape, generator=rng) > 0.5, 1.0, 1.0 + 1.2e-7)
+    fine = wide.with_tensors(up=wide.up * moved)
+    wanted = relative(matrix(a), matrix(fine))
+    assert 1e-8 < wanted < 2e-7
+    for x in (a, wide):
+        assert math.isclose(difference(x, fine), wanted, rel_tol=1e-3)
+    other = wide.with_tensors(up=wide.up * 3, down=wide.down / 3)  # the same change, other factors
+    wanted = relative(matrix(wide), matrix(other))
+    assert wanted < 1e-7
+    assert math.isclose(difference(wide, other), wanted, rel_tol=0.01)
+
+
+def test_tiny_and_broken_factors_are_left_to_fp64(rng: Generator) -> None:
+    a = lora(rng, 30, 20, 4, ())
+    tiny = a.with_tensors(up=a.up.float() * 1e-30, down=a.down.float() * 1e-12)
+    half = tiny.with_tensors(up=tiny.up * 0.5)
+    assert math.isclose(difference(tiny, half), 0.5, rel_tol=1e-6)
+    assert math.isclose(difference(a, a.with_tensors(up=-a.up)), 2.0, rel_tol=1e-3)
+    assert difference(a.with_tensors(scale=0.0), a.with_tensors(scale=0.0, up=-a.up)) == 0.0
+    broken = a.up.detach().clone()
+    broken[3, 1] = math.nan
+    assert math.isnan(difference(a, a.with_tensors(up=broken)))
+    same = a.with_tensors(up=broken.float())
+    assert math.isnan(difference(a.with_tensors(up=broken), same))

@@ -94,7 +94,7 @@ def data_path(source: str, target: str, sync: str, hashed: str) -> None:
     if sync == "no":
         os.fsync = lambda _: None
     if hashed == "no":
-        Checkpoint.sha256 = lambda _: {}
+        Checkpoint.sha256 = lambda self: {}
     begin = time.perf_counter()
     report = convert(source, target, to="diffusers")
     seconds = time.perf_counter() - begin
@@ -206,7 +206,8 @@ def wall(figure: float | Run) -> float:
 
 def table(folder: Path, source: Path, found: dict[str, list[float | Run]]) -> Iterator[str]:
     """Lines: name, seconds (median and least), cpu, memory, speed against cp, target."""
-    yield f"{'':26}{'median s':>9}{'min s':>8}{'cpu s':>8}{'RSS MB':>8}{'anon MB':>9}{'speed':>7}  target"
+    columns = f"{'median s':>9}{'min s':>8}{'cpu s':>8}{'RSS MB':>8}{'anon MB':>9}{'speed':>7}"
+    yield f"{'':26}{columns}  target"
     for case in cases(folder, source):
         figures = found[case.name]
         walls = [wall(figure) for figure in figures]

@@ -99,7 +99,7 @@ FULL_KOHYA = {
     ),
     "sd2 hf": (
         ("base__diffusers_sd21_unet", "", "lora_unet_"),
-        ("base__transformers_clip_h", "", "lora_te_"),
+        ("base__transformers_clip_h", "", "lora_te_text_model_"),
     ),
     "sdxl ldm": (
         ("base__sdmecha_sdxl-kohya", "unet.", "lora_unet_"),

@@ -13,7 +13,7 @@ import torch
 from diffusers import FluxPipeline
 from safetensors.torch import load_file, save_file
 
-from peftsurgery import convert, load_adapter
+from peftsurgery import convert, inspect, load_adapter
 from tests.interop import models
 from tests.interop.pipelines import FLUX, SD, SDXL, WITHIN, Parts, errors, loaded, random_parts, written
 
@@ -185,3 +185,31 @@ def test_flux_stale_metadata(untouched, plain_output, random, tmp_path) -> None:
     save_file(load_file(tmp_path / "kohya.safetensors"), tmp_path / "stale.safetensors", metadata=stale)
     pipeline = loaded(FLUX, tmp_path / "stale.safetensors")
     assert errors(FLUX, pipeline, parts, built, plain_output)["transformer"] > WRONG
+
+
+# what `inspect` says of the files above -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "layout", "alphas", "only", "verdict"),
+    [
+        (SD, "kohya", (3,), ("*",), "yes"),
+        (SD, "kohya", (4, 1), ("*",), "partly"),
+        (SD, "kohya-ldm", (3,), ("unet:*",), "no"),
+        (SD, "diffusers-dot", (4, 1), ("*",), "yes"),
+        (SD, "diffusers", (4, 1), ("*",), "yes"),
+        (SD, "comfy", (3,), ("*",), "no"),
+        (SDXL, "kohya-ldm", (3,), ("*",), "yes"),
+        (FLUX, "kohya", (4, 1), ("*transformer_blocks*",), "yes"),
+        (FLUX, "kohya", (3,), ("transformer:*",), "partly"),
+        (FLUX, "comfy", (4, 1), ("*transformer_blocks*",), "yes"),
+        (FLUX, "ai-toolkit", (3,), ("*transformer_blocks*",), "no"),
+        (FLUX, "kohya-hf", (3,), ("*transformer_blocks*",), "no"),
+        (FLUX, "onetrainer", (3,), ("*transformer_blocks*",), "partly"),
+    ],
+)
+def test_inspect_knows(family, layout, alphas, only, verdict, untouched, random, tmp_path) -> None:
+    parts = random_parts(family, untouched(family.base), random, alphas=alphas, only=only)
+    file = written(models.adapter_of(family.architecture, parts), layout, tmp_path)
+    rows = inspect(file, architecture=family.architecture).tables["programs"]
+    assert [row["loads"] for row in rows if row["program"] == "diffusers"] == [verdict]

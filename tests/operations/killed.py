@@ -2,9 +2,10 @@
 
     python killed.py CALL TEMPLATE CASES [RANDOM]
 
-TEMPLATE is copied to CASES/<n> for n = 1, 2, …; child n runs the call of that name there and dies at its n-th change of the disk:
-half of a write is carried out, all other calls are not. The first child that lives to its end is the last one. With RANDOM,
-that many further children are killed from outside, at random moments. Prints one line per case.
+TEMPLATE is copied to CASES/<n> for n = 1, 2, …; child n runs the call of that name there and dies
+at its n-th change of the disk: half of a write is carried out, all other calls are not. The first
+child that lives to its end is the last one. With RANDOM, that many further children are killed from
+outside, at random moments. Prints one line per case.
 
 Forking before any arithmetic keeps the children cheap: the imports are done once.
 """
@@ -30,7 +31,9 @@ WRITES = {"pwrite": 1, "write": 1}  # position of the data among the arguments
 
 
 def arm(moment: int) -> list[str]:
-    """Make this process die at its n-th change of the disk; returns the list that the calls are noted in."""
+    """Make this process die at its n-th change of the disk; returns the list that the calls are
+    noted in.
+    """
     calls: list[str] = []
 
     def wrap(name: str, call: Callable[..., object]) -> Callable[..., object]:

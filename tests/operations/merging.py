@@ -23,6 +23,7 @@ from fixtures import bases
 
 GOLDEN = Path(bases.__file__).parent / "golden"
 Tensors = dict[str, Tensor]
+torch.set_num_threads(1)  # thousands of tiny tensors: a thread pool only costs
 
 
 @lru_cache(maxsize=1)

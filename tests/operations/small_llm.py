@@ -1,4 +1,6 @@
-"""A small random language model in files, and random adapters for it: what the tests of merge and unmerge start from."""
+"""A small random language model in files, and random adapters for it: what the tests of merge
+and unmerge start from.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def weights(seed: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]
 def write_folder(
     folder: Path, seed: int, dtype: torch.dtype = torch.bfloat16, shard_size: int | None = 4000
 ) -> Path:
-    """A sharded transformers folder with config, tokenizer and an index nobody would write the same way."""
+    """A sharded transformers folder with config, tokenizer and an index nobody would write the
+    same way.
+    """
     folder.mkdir()
     metadata = {"format": "pt", "note": "ünïcode"}
     place = folder if shard_size else folder / "model.safetensors"

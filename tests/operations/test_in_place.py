@@ -1,4 +1,6 @@
-"""merge --in-place: only touched bytes change, nothing is lost whenever it is killed, and the way back is exact."""
+"""merge --in-place: only touched bytes change, nothing is lost whenever it is killed, and the
+way back is exact.
+"""
 
 from __future__ import annotations
 
@@ -345,5 +347,3 @@ def test_what_cannot_be_done_in_place_is_refused_by_name(template: Path, tmp_pat
     shard.symlink_to("real")
     with pytest.raises(UnsupportedError, match="is a link"):
         merge(case)
-
-

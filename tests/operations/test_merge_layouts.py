@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import peftsurgery as ps
+from peftsurgery.errors import UnsupportedError
 from tests.operations.merging import (
     GOLDEN,
     Tensors,
@@ -217,7 +218,7 @@ def test_per_input_magnitude_needs_the_fused_weight(tmp_path: Path) -> None:
     moved = weight.double() + up.double() @ down.double()
     merged = magnitude.double() * moved / moved.norm(dim=0, keepdim=True)
     check(native, load_file(out), {f"{name}.weight": 0.6 * (merged - weight.double())})
-    with pytest.raises(ps.errors.UnsupportedError, match="one magnitude per input"):
+    with pytest.raises(UnsupportedError, match="one magnitude per input"):
         ps.merge(saved("tiny_flux_pipeline"), [(adapter, 1.0)], tmp_path / "no", architecture="flux")
     assert not (tmp_path / "no").exists()
 

@@ -13,6 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import peftsurgery as ps
 from fixtures import bases
+from peftsurgery.errors import CheckFailed, UnsupportedError
 from tests.operations.merging import GOLDEN, check, dotted_lora, random, saved, state
 
 INDEX = json.loads((GOLDEN / "index.json").read_text(encoding="utf-8"))["goldens"]
@@ -87,13 +88,21 @@ def test_replication_of_a_sharded_base_rewrites_the_index(tmp_path: Path) -> Non
     loaded(tmp_path / "out")
 
 
-def test_replication_refuses_undo_in_place_and_disagreement(tmp_path: Path) -> None:
+def test_replication_in_place_and_by_some_adapters_only_is_refused(tmp_path: Path) -> None:
     base, golden = saved("tiny_llama"), GOLDEN / "peft_llama_replication"
-    with pytest.raises(ps.errors.UnsupportedError, match="--undo"):
-        ps.merge(base, [(golden, 1.0)], tmp_path / "out", undo=tmp_path / "undo.safetensors")
-    with pytest.raises(ps.errors.UnsupportedError, match="one after the other"):
+    with pytest.raises(UnsupportedError, match="-o"):
+        ps.merge(base, [(golden, 1.0)], in_place=True)
+    with pytest.raises(UnsupportedError, match="one after the other"):
         ps.merge(base, [(golden, 1.0), (GOLDEN / "peft_llama_lora", 1.0)], tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_replication_is_undone_by_its_undo_file(tmp_path: Path) -> None:
+    base, undo = saved("tiny_llama", shard="60KB"), tmp_path / "undo.safetensors"
+    ps.merge(base, [(GOLDEN / "peft_llama_replication", 1.0)], tmp_path / "out", undo=undo)
+    ps.unmerge(tmp_path / "out", undo, tmp_path / "back")
+    for file in base.iterdir():
+        assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 def test_peft_lora_into_a_sharded_model(tmp_path: Path) -> None:
@@ -161,7 +170,7 @@ def test_lora_bias_on_a_base_without_biases_is_refused(tmp_path: Path) -> None:
         if name.endswith("lora_B.default.bias"):
             parameter.data.fill_(0.1)
     model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ps.errors.CheckFailed, match=r"has no 'model.layers.0.self_attn.q_proj.bias'"):
+    with pytest.raises(CheckFailed, match=r"has no 'model.layers.0.self_attn.q_proj.bias'"):
         ps.merge(base, [(tmp_path / "adapter", 1.0)], tmp_path / "out")
 
 
@@ -172,7 +181,7 @@ def test_residual_initialisations_need_their_residual_base(tmp_path: Path, init:
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     expected = logits(model)
     model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ps.errors.UnsupportedError, match="--residual-base"):
+    with pytest.raises(UnsupportedError, match="--residual-base"):
         ps.merge(base, [(tmp_path / "adapter", 1.0)], tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with torch.no_grad():  # what is left of the base
