@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # when run as a script
 README = ROOT / "README.md"
 WIDTH = 96
 
@@ -33,7 +34,14 @@ def commands() -> str:
     return "\n\n".join(f"### `{title}`\n\n```text\n{page}\n```" for title, page in pages)
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"commands": commands}
+def matrix() -> str:
+    """Which layout holds what, found out by converting."""
+    from tests.matrix import table
+
+    return table()
+
+
+BLOCKS: dict[str, Callable[[], str]] = {"matrix": matrix, "commands": commands}
 
 
 def generated(readme: str) -> str:

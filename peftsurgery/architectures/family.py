@@ -65,9 +65,11 @@ class Architecture:
             head = template.split(".")
             if len(path) <= len(head) or not is_integer(path[len(head)]):
                 continue
+            if int(path[len(head)]) < count:
+                continue
             same = all(
                 t == p or (t == "{}" and is_integer(p)) for t, p in zip(head, path, strict=False)
             )
-            if same and int(path[len(head)]) >= count:
+            if same:
                 return f"{home_path}: {self.title} has {count} {template}"
         return None

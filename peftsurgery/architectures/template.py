@@ -101,7 +101,10 @@ class Trie(Generic[T]):
                     node.any_integer = _Node()
                 node = node.any_integer
             else:
-                node = node.children.setdefault(token, _Node())
+                child = node.children.get(token)
+                if child is None:
+                    child = node.children[token] = _Node()
+                node = child
         node.values.append(value)
 
     def find(self, name: str) -> list[tuple[T, tuple[str, ...]]]:

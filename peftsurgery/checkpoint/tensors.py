@@ -64,7 +64,7 @@ class FileMap:
         has no such call.
         """
         if self._view is not None and hasattr(mmap, "MADV_DONTNEED"):
-            self._view.obj.madvise(mmap.MADV_DONTNEED)
+            self._view.obj.madvise(mmap.MADV_DONTNEED)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _identity(status: os.stat_result) -> tuple[int, int, int, int]:

@@ -1,4 +1,6 @@
-"""A base checkpoint seen through an architecture table: home module paths -> stored tensors, fused rows included."""
+"""A base checkpoint seen through an architecture table: home module paths -> stored tensors, fused
+rows included.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,11 @@ from peftsurgery.errors import UnsupportedError, UsageError, nearest
 
 
 def base_names(checkpoint: Checkpoint) -> dict[str, list[str]]:
-    """Module names of a base of any family: component -> dotted names, for restoring flattened names.
+    """Module names of a base of any family: component -> dotted names, for restoring flattened
+    names.
 
-    A single file does not say which component it is, so its names stand for a language model and for a denoiser.
+    A single file does not say which component it is, so its names stand for a language model and
+    for a denoiser.
     """
     found: dict[str, dict[str, None]] = {}
     pipeline = checkpoint.kind == "pipeline"
@@ -33,7 +37,8 @@ def base_names(checkpoint: Checkpoint) -> dict[str, list[str]]:
 class Stored:
     """One home tensor inside a checkpoint: the stored tensor, its site, and which rows of it.
 
-    Rows are counted with the first `lead` dimensions taken together: 2 for one expert of a stacked (E, a, b) tensor.
+    Rows are counted with the first `lead` dimensions taken together: 2 for one expert of a stacked
+    (E, a, b) tensor.
     """
 
     name: str
@@ -62,7 +67,8 @@ class Stored:
         return (stop - start, *self.tensor.shape[self.lead :]) if self.tensor.shape else ()
 
     def load(self) -> torch.Tensor:
-        """The home tensor, row operator undone; rows of a fused tensor are read without the rest."""
+        """The home tensor, row operator undone; rows of a fused tensor are read without the rest.
+        """
         if self.site.operator == "swap_halves":
             value = self.tensor.torch()
             half = value.shape[0] // 2
@@ -76,13 +82,16 @@ class Stored:
 
 
 def flat_rows(tensor: LazyTensor, lead: int) -> LazyTensor:
-    """The same bytes with the first `lead` dimensions taken as one. Raises UnsupportedError for a tensor of a pickle."""
+    """The same bytes with the first `lead` dimensions taken as one. Raises UnsupportedError for a
+    tensor of a pickle.
+    """
     if lead == 1:
         return tensor
     span = tensor.file_range()
     if span is None:
         raise UnsupportedError(
-            f"{tensor.path}: {tensor.name!r}: a stacked tensor inside a pickle; convert the checkpoint to safetensors first."
+            f"{tensor.path}: {tensor.name!r}: a stacked tensor inside a pickle; convert the "
+            "checkpoint to safetensors first."
         )
     shape = (math.prod(tensor.shape[:lead]), *tensor.shape[lead:])
     return LazyTensor(tensor.file, tensor.name, tensor.dtype, shape, *span)
@@ -91,8 +100,8 @@ def flat_rows(tensor: LazyTensor, lead: int) -> LazyTensor:
 class BaseWeights:
     """Index of a base checkpoint by `component:home tensor name`.
 
-    A pipeline folder names its components; in a single file they are told apart by the family's prefixes. Raises
-    UsageError when nothing of the checkpoint belongs to the architecture.
+    A pipeline folder names its components; in a single file they are told apart by the family's
+    prefixes. Raises UsageError when nothing of the checkpoint belongs to the architecture.
     """
 
     def __init__(self, checkpoint: Checkpoint, architecture: Architecture) -> None:
@@ -115,7 +124,8 @@ class BaseWeights:
         if not self.stored:
             first = next(iter(checkpoint), "nothing")
             raise UsageError(
-                f"{checkpoint.source}: no tensor belongs to {architecture.title}; first is {first!r}. Expected a base "
+                f"{checkpoint.source}: no tensor belongs to {architecture.title}; first is "
+                f"{first!r}. Expected a base "
                 "checkpoint of that family."
             )
 
@@ -132,7 +142,18 @@ class BaseWeights:
         readers += [
             ("", denoiser(self.architecture), c) for c in denoiser(self.architecture).columns
         ]
-        return sorted(readers, key=lambda reader: -len(reader[0]))
+        first = denoiser(self.architecture).name
+        named = {c.name: (-self._named(c), c.name != first) for p, c, _ in readers if not p}
+        return sorted(readers, key=lambda r: (-len(r[0]), named.get(r[1].name, (0, False))))
+
+    def _named(self, component: Component) -> int:
+        """How many names of the file the component knows: a UNet and its ControlNet share most of
+        theirs.
+        """
+        return sum(
+            any(component.tensor(column, name) is not None for column in component.columns)
+            for name in self.checkpoint
+        )
 
     def modules(self) -> dict[str, list[str]]:
         """Component -> its home module paths, for restoring flattened names."""
@@ -153,8 +174,8 @@ class BaseWeights:
     def find(self, path: str, parameter: str = "weight") -> Stored | None:
         """The stored tensor of one home module (`component:path`), or None.
 
-        Of a language model with experts, the spellings and the stacked form of transformers 5 are looked through
-        (`codec.experts`).
+        Of a language model with experts, the spellings and the stacked form of transformers 5 are
+        looked through (`codec.experts`).
         """
         found = self.stored.get(f"{path}.{parameter}")
         if found is None and self.architecture.name == "llm":
@@ -162,7 +183,8 @@ class BaseWeights:
         return found
 
     def weight(self, path: str, parameter: str = "weight") -> torch.Tensor:
-        """The weight of a home module or group, in the home vocabulary's orientation and stored dtype.
+        """The weight of a home module or group, in the home vocabulary's orientation and stored
+        dtype.
 
         Raises UsageError naming the nearest modules when the base has none.
         """
@@ -174,12 +196,14 @@ class BaseWeights:
                 close = nearest(f"{component}:{part}.{parameter}", self.stored, n=2)
                 hint = f" (closest: {', '.join(map(repr, close))})" if close else ""
                 raise UsageError(
-                    f"{self.checkpoint.source}: has no {parameter} for {component}:{part}{hint}. Give the base this adapter "
+                    f"{self.checkpoint.source}: has no {parameter} for {component}:{part}{hint}. "
+                    "Give the base this adapter "
                     "was trained on."
                 )
             if not found.tensor.dtype.startswith(("F16", "F32", "F64", "BF16")):
                 raise UnsupportedError(
-                    f"{self.checkpoint.source}: {found.name!r} is stored as {found.tensor.dtype}; an unquantized base "
+                    f"{self.checkpoint.source}: {found.name!r} is stored as {found.tensor.dtype}; "
+                    "an unquantized base "
                     "(fp16, bf16 or fp32) is needed here."
                 )
             parts.append(found.load())

@@ -244,6 +244,7 @@ def explain(
             continue
         explanation.placements[module] = placement
         if record.algorithm in ("", "set"):
+            rank_and_shape(record, tensors)  # there must be something to apply
             continue
         _, (out, into) = rank_and_shape(record, tensors)
         shares, path = placement.site.proportions, placement.site.parts[0]
@@ -267,8 +268,10 @@ def detect(
     """The explanation that accounts for every module of the file.
 
     Tried as the file stands, then after removing wrapper segments, then after undoing doubled prefixes; each repair
-    is counted in `parsed.repairs`. Families without a table take what none of these explains. Raises UsageError naming the first keys the two best candidates cannot explain, or
-    the candidates between which shapes and metadata do not decide.
+    is counted in `parsed.repairs`. Families without a table take what none of these explains.
+
+    Raises UsageError naming the first keys the two best candidates cannot explain, or the candidates between which
+    shapes and metadata do not decide.
     """
     names = (architecture,) if architecture else architectures.ARCHITECTURES
     if not parsed.records:

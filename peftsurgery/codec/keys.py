@@ -185,6 +185,8 @@ def parse(keys: Iterable[str], source: str = "") -> Parsed:
         plain = key
         if named and named["name"] not in _TAIL_WORDS:
             names.add(named["name"])
+            if len(names) > 1:
+                raise _several_names(keys, source)
             head = named["head"].removesuffix(".modules_to_save")
             plain = head + (named["tail"] or "")
         if (algorithm := unsupported_algorithm(plain)) is not None:
@@ -201,11 +203,6 @@ def parse(keys: Iterable[str], source: str = "") -> Parsed:
         )
         raise UnsupportedError(
             f"{source}: holds an algorithm this version recognises but does not handle ({listed})."
-        )
-    if len(names) > 1:
-        raise UsageError(
-            f"{source}: holds several named adapters ({', '.join(sorted(names))}); expected one. "
-            "Save one adapter per file (PEFT: save_pretrained(selected_adapters=[…]))."
         )
     parsed.adapter_name = next(iter(names), None)
     _base_copies(parsed)
@@ -226,6 +223,14 @@ def _base_copies(parsed: Parsed) -> None:
             record.suffixes.discard("base_layer.weight")
         else:
             record.algorithm, record.keys = "set", {"weight": key}
+
+
+def _several_names(keys: Iterable[str], source: str) -> UsageError:
+    found = {m["name"] for key in keys if (m := _NAMED.match(key))} - _TAIL_WORDS
+    return UsageError(
+        f"{source}: holds several named adapters ({', '.join(sorted(found))}); expected one. "
+        "Save one adapter per file (PEFT: save_pretrained(selected_adapters=[…]))."
+    )
 
 
 def _add(parsed: Parsed, key: str, module: str, algorithm: str, name: str, suffix: str) -> None:
@@ -308,6 +313,8 @@ def repaired(parsed: Parsed, stage: str) -> Parsed:
     repairs = dict(parsed.repairs)
     for module, record in parsed.records.items():
         name, what = strip(module)
+        if what == "base_layer." and name in parsed.records:
+            name, what = module, None  # nested on purpose: PEFT's target_parameters
         if what is not None:
             repairs[what] = repairs.get(what, 0) + len(record.keys)
         target = records.setdefault(name, Record(name, record.algorithm, {}, record.parameter))

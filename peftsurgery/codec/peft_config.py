@@ -83,8 +83,9 @@ def build(
 
 
 def _saved(wanted: object, values: Collection[str]) -> list[str]:
-    """modules_to_save: the source's own names as far as they still mean something, if they cover every value."""
-    kept = [str(w) for w in wanted if any(_ends(v, str(w)) for v in values)] if isinstance(wanted, list) else []
+    """modules_to_save: the source's own names that still mean something, if they cover all."""
+    names = [str(name) for name in wanted] if isinstance(wanted, list) else []
+    kept = [name for name in names if any(_ends(value, name) for value in values)]
     return kept if all(any(_ends(v, w) for w in kept) for v in values) else sorted(values)
 
 
@@ -108,8 +109,8 @@ def modules_same_names(source: Mapping[str, object], modules: Mapping[str, Weigh
 def tail(path: str) -> str:
     """The part of a module path that patterns and targets name.
 
-    PEFT matches both on the end of a path, and CLIPTextModel has lost its `text_model` level in transformers 5.6: without
-    it they hold for either.
+    PEFT matches both on the end of a path, and CLIPTextModel has lost its `text_model` level in
+    transformers 5.6: without it they hold for either.
     """
     return path.removeprefix("text_model.")
 
@@ -117,9 +118,9 @@ def tail(path: str) -> str:
 def targets(modules: Collection[str]) -> list[str] | str:
     """target_modules that selects exactly `modules`.
 
-    PEFT selects a list by suffix, so a top-level name would also catch namesakes deeper in the model (`proj_out` in
-    `blocks.0.proj_out`); then a regular expression is written, which PEFT matches whole. `text_model` may be missing
-    in the model (see `tail`).
+    PEFT selects a list by suffix, so a top-level name would also catch namesakes deeper in the
+    model (`proj_out` in `blocks.0.proj_out`); then a regular expression is written, which PEFT
+    matches whole. `text_model` may be missing in the model (see `tail`).
     """
     names = sorted(tail(name) for name in modules)
     if all("." in name for name in names):
@@ -149,7 +150,8 @@ def _ranks(modules: Mapping[str, WeightAdapter], kind: str, *, rslora: bool) -> 
 
 
 def full_rank(module: WeightAdapter) -> int:
-    """The r at which PEFT keeps both LoKr factors full, whatever decompose_both says: the largest of a, b, c and d."""
+    """The r at which PEFT keeps both LoKr factors full, whatever decompose_both says: the largest
+    of a, b, c and d."""
     assert isinstance(module, LoKr)
     return max(block_shape(module))
 
@@ -201,7 +203,7 @@ def _product_flags(
 
 
 def _check_lokr(config: Mapping[str, object], modules: Mapping[str, LoKr]) -> None:
-    """PEFT decides by r which factors are full (`tuners/lokr/layer.py`); the file must agree with it."""
+    """PEFT decides by r which factors are full (`tuners/lokr/layer.py`); the file must agree."""
     ranks = config["rank_pattern"]
     assert isinstance(ranks, dict)
     for path, module in modules.items():
@@ -215,8 +217,9 @@ def _check_lokr(config: Mapping[str, object], modules: Mapping[str, LoKr]) -> No
         for name, expected in full.items():
             if (name in own) != expected:
                 raise UnsupportedError(
-                    f"{path!r}: PEFT wants lokr_{name} {'whole' if expected else 'factored'} at r = {r}, and it is "
-                    f"{'whole' if name in own else 'factored'} here. --algorithm lora rewrites it as a LoRA."
+                    f"{path!r}: PEFT wants lokr_{name} {'whole' if expected else 'factored'} at r = {r}, "
+                    f"and it is {'whole' if name in own else 'factored'} here. "
+                    "--algorithm lora rewrites it as a LoRA."
                 )
 
 

@@ -1,12 +1,12 @@
-"""Arithmetic of a merge, by row tiles: fp32 in between, one rounding at the end, and the share of ΔW that survives it.
+"""Arithmetic of a merge, by row tiles: fp32 in between, one rounding at the end, and the share of
+ΔW that survives it.
 
-An ordered stack is the composition of weight maps, W_k = W_{k-1} + t_k (op_k(W_{k-1}) - W_{k-1}); relative to the base
-every op_k looks at W_0 instead, which makes the order irrelevant.
+An ordered stack is the composition of weight maps, W_k = W_{k-1} + t_k (op_k(W_{k-1}) - W_{k-1});
+relative to the base every op_k looks at W_0 instead, which makes the order irrelevant.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import queue
 import threading
@@ -21,8 +21,9 @@ from peftsurgery.algorithms.slots import pad_to
 from peftsurgery.checkpoint.dtypes import torch_dtype
 from peftsurgery.errors import CannotSplit, CheckFailed, UnsupportedError
 from peftsurgery.operations.plan import Edit, Target
+from peftsurgery.operations.rounding import Survival, generator, stochastic, survival_of
 
-TILE = 1 << 20  # elements of a row tile: smaller ones drown in dispatch, larger ones leave the cache
+TILE = 1 << 20  # elements of a row tile: smaller ones drown in dispatch, larger leave the cache
 QUEUE_BYTES = 96 << 20  # finished tiles that may wait for the disk
 
 RowOperation = Callable[[Tensor, int, int], None]
@@ -30,32 +31,14 @@ RowOperation = Callable[[Tensor, int, int], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """How results are rounded. `dtype` None keeps the stored one; `seed` is for stochastic rounding."""
+    """How results are rounded. `dtype` None keeps the stored one; `seed` is for stochastic
+    rounding.
+    """
 
     relative_to: str = "current"
     rounding: str = "nearest"
     seed: int = 0
     dtype: str | None = None
-
-
-@dataclass
-class Survival:
-    """Sums over elements: Δ = exact - base, kept = written - base."""
-
-    kept: float = 0.0  # <kept, Δ>
-    total: float = 0.0  # ||Δ||²
-    error: float = 0.0  # ||kept - Δ||²
-
-    @property
-    def share(self) -> float:
-        """<kept, Δ> / ||Δ||²: 1 when everything was written, 0 when rounding swallowed it."""
-        return self.kept / self.total if self.total > 0 else 1.0
-
-    def add(self, other: Survival) -> None:
-        """Accumulate another sum."""
-        self.kept += other.kept
-        self.total += other.total
-        self.error += other.error
 
 
 def output_dtype(target: Target, settings: Settings) -> str:
@@ -64,7 +47,8 @@ def output_dtype(target: Target, settings: Settings) -> str:
 
 
 def spans(target: Target) -> list[tuple[int, int]]:
-    """Row tiles [start, stop) of a target, at least `TILE` elements each where the tensor has them."""
+    """Row tiles [start, stop) of a target, at least `TILE` elements each where the tensor has them.
+    """
     rows = target.rows
     step = max(1, TILE // max(1, target.columns))
     return [(a, min(a + step, rows)) for a in range(0, rows, step)]
@@ -90,7 +74,9 @@ class Renderer:
         self._before = torch.empty(rows, target.columns)
 
     def tile(self, start: int, stop: int) -> tuple[Tensor, Survival]:
-        """Rows [start, stop) rounded to the output dtype, and what survived. Raises CheckFailed on NaN or Inf."""
+        """Rows [start, stop) rounded to the output dtype, and what survived. Raises CheckFailed on
+        NaN or Inf.
+        """
         exact, before = self.exact(start, stop)
         written = self._round(exact, start)
         return written, self._survival(exact, before, written)
@@ -100,7 +86,9 @@ class Renderer:
         return self._round(self.exact(start, stop)[0], start)
 
     def exact(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Rows [start, stop) of the result and of the base in fp32, (rows, columns); the next call reuses the memory."""
+        """Rows [start, stop) of the result and of the base in fp32, (rows, columns); the next call
+        reuses the memory.
+        """
         if self.whole is not None and self.base is not None:
             return self.whole[start:stop], self.base[start:stop]
         exact, before = self._scratch[: stop - start], self._before[: stop - start]
@@ -111,7 +99,13 @@ class Renderer:
         return exact, before
 
     def _apply(
-        self, edit: Edit, operation: RowOperation, out: Tensor, before: Tensor, start: int, stop: int
+        self,
+        edit: Edit,
+        operation: RowOperation,
+        out: Tensor,
+        before: Tensor,
+        start: int,
+        stop: int,
     ) -> None:
         low, high = max(start, edit.start), min(stop, edit.stop)
         while low < high:
@@ -128,7 +122,8 @@ class Renderer:
             low = end
 
     def _load(self, start: int, stop: int) -> Tensor:
-        """Rows of the base in fp32, zero-padded where the merge widens the weight: (rows, columns)."""
+        """Rows of the base in fp32, zero-padded where the merge widens the weight: (rows, columns).
+        """
         tensor, shape = self.target.tensor, self.target.shape
         stored = tuple(tensor.shape)
         if not stored:
@@ -162,7 +157,9 @@ class Renderer:
         return replace
 
     def _composed(self, base: Tensor) -> Tensor:
-        """The whole tensor at once, for maps that look at all rows (per-input DoRA, transposed weights)."""
+        """The whole tensor at once, for maps that look at all rows (per-input DoRA, transposed
+        weights).
+        """
         current = base.clone()
         for edit in self.target.edits:
             relative = self.settings.relative_to == "base"
@@ -187,8 +184,10 @@ class Renderer:
             return module.merged(home, None, edit.strength)[0].T.reshape(rows.shape)
         if rows.shape[0] != edit.modulus and module.magnitude_axis == "in":
             raise UnsupportedError(
-                f"{edit.path}: a DoRA with one magnitude per input over several weights that the base stores apart: its norms "
-                "run over all of them. Give a base that stores them fused, or convert the adapter with --algorithm lora "
+                f"{edit.path}: a DoRA with one magnitude per input over several weights that the "
+                "base stores apart: its norms "
+                "run over all of them. Give a base that stores them fused, or convert the adapter "
+                "with --algorithm lora "
                 "--base first."
             )
         place = (torch.arange(rows.shape[0]) + edit.offset) % edit.modulus
@@ -204,7 +203,7 @@ class Renderer:
     def _round(self, exact: Tensor, start: int) -> Tensor:
         if self.settings.rounding == "nearest" or self.dtype == torch.float32:
             return exact.to(self.dtype, copy=True)  # the scratch is reused
-        return stochastic(exact, self.dtype, _generator(self.settings.seed, self.target.name, start))
+        return stochastic(exact, self.dtype, generator(self.settings.seed, self.target.name, start))
 
     def _survival(self, exact: Tensor, before: Tensor, written: Tensor) -> Survival:
         result = survival_of(exact, before, written)
@@ -215,25 +214,22 @@ class Renderer:
     def _why_not_finite(self, exact: Tensor, before: Tensor) -> str:
         name, dtype = self.target.name, output_dtype(self.target, self.settings)
         if not bool(torch.isfinite(before).all()):
-            return f"{name!r}: the base holds NaN or Inf there already; nothing was kept. Repair the base first."
+            return (
+                f"{name!r}: the base holds NaN or Inf there already; nothing was kept. Repair the "
+                "base first."
+            )
         if not bool(torch.isfinite(exact).all()):
             paths = ", ".join(dict.fromkeys(edit.path for edit in self.target.edits))
             return (
-                f"{name!r}: the merge gives NaN or Inf; nothing was kept. Look at {paths} with inspect --norms: the adapter is "
+                f"{name!r}: the merge gives NaN or Inf; nothing was kept. Look at {paths} with "
+                "inspect --norms: the adapter is "
                 "damaged, or its strength far too large."
             )
         largest = float(exact.abs().max())
         return (
-            f"{name!r}: the merge gives {largest:g}, which does not fit {dtype}; nothing was kept. Write --dtype bf16 or fp32."
+            f"{name!r}: the merge gives {largest:g}, which does not fit {dtype}; nothing was kept. "
+            "Write --dtype bf16 or fp32."
         )
-
-
-def survival_of(exact: Tensor, before: Tensor, written: Tensor) -> Survival:
-    """Sums over the elements of a tile; not finite when one of the three holds NaN or Inf."""
-    delta = (exact - before).reshape(-1)
-    kept = torch.sub(written.reshape(-1), before.reshape(-1))
-    inner, total = float(torch.dot(kept, delta)), float(torch.dot(delta, delta))
-    return Survival(inner, total, float(torch.dot(kept.sub_(delta), kept)))
 
 
 ALTERNATIVES = ("F16", "BF16", "F32")
@@ -241,7 +237,9 @@ SAMPLED = 1 << 26  # elements; of larger merges one tile per tensor is enough fo
 
 
 def alternatives(targets: Iterable[Target], settings: Settings) -> dict[str, float]:
-    """The share of ΔW that other dtypes would keep, from the same tiles; without those a value does not fit into."""
+    """The share of ΔW that other dtypes would keep, from the same tiles; without those a value does
+    not fit into.
+    """
     targets = list(targets)
     sums = {dtype: Survival() for dtype in ALTERNATIVES}
     sampled = sum(target.numel for target in targets) > SAMPLED
@@ -257,7 +255,9 @@ def alternatives(targets: Iterable[Target], settings: Settings) -> dict[str, flo
 
 
 def needs_whole(target: Target) -> bool:
-    """Whether some edit's map of a row looks at other rows too: a magnitude per input, or a transposed weight."""
+    """Whether some edit's map of a row looks at other rows too: a magnitude per input, or a
+    transposed weight.
+    """
     return any(
         edit.parameter == "weight"
         and (edit.transposed or (not edit.module.additive and edit.module.magnitude_axis == "in"))
@@ -266,7 +266,9 @@ def needs_whole(target: Target) -> bool:
 
 
 def _restricted(module: WeightAdapter, start: int, stop: int) -> WeightAdapter:
-    """Rows start:stop of a map that looks at one row at a time; where the algorithm cannot cut, of its ΔW written out."""
+    """Rows start:stop of a map that looks at one row at a time; where the algorithm cannot cut, of
+    its ΔW written out.
+    """
     if module.bias is not None or module.padded_shape is not None:
         module = module.with_tensors(bias=None, padded_shape=None)
     try:
@@ -291,35 +293,10 @@ def _bias_operation(module: WeightAdapter, t: float) -> RowOperation:
     return add
 
 
-def _generator(seed: int, name: str, row: int) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}:{name}:{row}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-
-
-def stochastic(exact: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Round to one of the two neighbours with probability proportional to nearness: E[result] = exact.
-
-    exact: fp32. The neighbour of the nearest value on the other side of `exact` is found by stepping its bit pattern,
-    which orders magnitudes in every IEEE-like format.
-    """
-    near = exact.to(dtype)
-    residual = exact - near.float()
-    bits = near.view(torch.int8 if dtype.itemsize == 1 else torch.int16).clone()
-    outward = (residual > 0) == (near.float() >= 0)
-    step = torch.where(outward, 1, -1).to(bits.dtype)
-    zero = near.float() == 0
-    other = (bits + step).view(dtype)
-    smallest = torch.ones((), dtype=bits.dtype).view(dtype).float()
-    other_value = torch.where(zero, torch.copysign(smallest, residual), other.float())
-    gap = (other_value - near.float()).abs()
-    chance = torch.where(gap > 0, residual.abs() / gap, 0.0)
-    take = torch.rand(exact.shape, generator=generator) < chance
-    take &= torch.isfinite(other_value) & (residual != 0)
-    return torch.where(take, other_value, near.float()).to(dtype)
-
-
 class Pipeline:
-    """Renders targets on a thread of its own, in the order they will be written, a bounded number of tiles ahead."""
+    """Renders targets on a thread of its own, in the order they will be written, a bounded number
+    of tiles ahead.
+    """
 
     def __init__(
         self,

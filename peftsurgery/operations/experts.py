@@ -1,9 +1,11 @@
-"""PEFT's target_parameters: one LoRA for all experts of a layer, taken apart into one LoRA per expert.
+"""PEFT's target_parameters: one LoRA for all experts of a layer, taken apart into one LoRA per
+expert.
 
-A record on the parameter P (E, a, b) holds A [E r, in] and B [out, r E], folded differently: A.reshape(E, r, in),
-B.reshape(out, r, E). The change of expert e is s B_e A_e with s = alpha / r, [out, in] or its transpose
-(PEFT `tuners/lora/layer.py`, ParamWrapper). Several parameters of one module are nested wrappers, so their keys differ in
-the number of `base_layer` only; shapes tell which is which.
+A record on the parameter P (E, a, b) holds A [E r, in] and B [out, r E], folded differently:
+A.reshape(E, r, in), B.reshape(out, r, E). The change of expert e is s B_e A_e with s = alpha / r,
+[out, in] or its transpose (PEFT `tuners/lora/layer.py`, ParamWrapper). Several parameters of one
+module are nested wrappers, so their keys differ in the number of `base_layer` only; shapes tell
+which is which.
 """
 
 from __future__ import annotations
@@ -23,21 +25,25 @@ NESTED = ".base_layer"
 
 @dataclass(frozen=True)
 class Stack:
-    """Where one targeted parameter lies in the base: E experts of (rows, columns), whole or in parts."""
+    """Where one targeted parameter lies in the base: E experts of (rows, columns), whole or in
+    parts.
+    """
 
     parameter: str  # component:path, without the block index of the expert
     count: int
     rows: int
     columns: int
-    parts: tuple[tuple[str, int], ...]  # template of the module path of one part ({} = expert), its rows
+    parts: tuple[
+        tuple[str, int], ...
+    ]  # template of the module path of one part ({} = expert), its rows
     live: bool  # stored as the live model has it; otherwise one by one, [out, in]
 
 
 def unstack(adapter: Adapter, base: BaseWeights, name: str) -> Adapter:
     """The same adapter with every stacked record replaced by LoRAs on single experts of the base.
 
-    Raises CheckFailed when a record fits none of its parameters, UnsupportedError when it fits several, or when a square
-    parameter leaves its orientation open.
+    Raises CheckFailed when a record fits none of its parameters, UnsupportedError when it fits
+    several, or when a square parameter leaves its orientation open.
     """
     targets = adapter.config.get("target_parameters")
     if not isinstance(targets, list) or not targets:
@@ -131,12 +137,14 @@ def _matched(
         shapes = ", ".join(f"{n} {s.count} x [{s.rows}, {s.columns}]" for n, s in stacks.items())
         if not fitting:
             raise CheckFailed(
-                f"{name}: {path}: a change of shape {list(record.shape)} and rank {record.rank} fits none of the stacked "
+                f"{name}: {path}: a change of shape {list(record.shape)} and rank {record.rank} "
+                "fits none of the stacked "
                 f"parameters ({shapes}). Give the base the adapter was trained on."
             )
         if len(fitting) > 1 or fitting[0] in taken or not isinstance(record, LoRA):
             raise UnsupportedError(
-                f"{name}: {path}: fits more than one of {shapes}, and the file does not say which. Save the adapter with "
+                f"{name}: {path}: fits more than one of {shapes}, and the file does not say which. "
+                "Save the adapter with "
                 "one target_parameters entry per module."
             )
         taken.add(fitting[0])
@@ -145,7 +153,8 @@ def _matched(
 
 
 def _turned(stack: Stack, sides: tuple[int, int], model_type: str | None, version: str) -> bool:
-    """Whether the slices are [in, out]: from the shapes, of square ones from what PEFT does for this model.
+    """Whether the slices are [in, out]: from the shapes, of square ones from what PEFT does for
+    this model.
 
     Since 0.19 PEFT takes dimension 1 as the outputs unless the live module says `is_transposed`.
     """
@@ -155,9 +164,12 @@ def _turned(stack: Stack, sides: tuple[int, int], model_type: str | None, versio
     digits = [int(part) for part in version.split(".")[:2] if part.isdigit()]
     if known is None or digits < [0, 19]:
         raise UnsupportedError(
-            f"{stack.parameter}: its experts are square ({stack.rows} x {stack.columns}), so the factors do not tell "
-            f"whether they are [out, in] or [in, out]; model_type {model_type!r} with peft_version {version or 'unknown'} "
-            "does not either. Save the adapter again with PEFT 0.19 or later, and give the base its config.json."
+            f"{stack.parameter}: its experts are square ({stack.rows} x {stack.columns}), so the "
+            "factors do not tell "
+            f"whether they are [out, in] or [in, out]; model_type {model_type!r} with peft_version "
+            f"{version or 'unknown'} "
+            "does not either. Save the adapter again with PEFT 0.19 or later, and give the base "
+            "its config.json."
         )
     return known
 
@@ -177,7 +189,8 @@ def _split(
     turned = _turned(stack, sides, model_type, version)
     if turned and not stack.live:
         raise UnsupportedError(
-            f"{name}: {stack.parameter}: the adapter holds [in, out] slices, the base stores its experts one by one."
+            f"{name}: {stack.parameter}: the adapter holds [in, out] slices, the base stores its "
+            "experts one by one."
         )
     scale = scales.scale(stack.parameter.partition(":")[2], rank)
     inner = record.down.detach().reshape(stack.count, rank, sides[1])

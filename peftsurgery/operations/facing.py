@@ -5,7 +5,8 @@ sharding it has.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +17,10 @@ from peftsurgery.checkpoint import Checkpoint, LazyTensor
 from peftsurgery.checkpoint.dtypes import torch_dtype
 from peftsurgery.codec import BaseWeights
 from peftsurgery.codec.bases import Stored, flat_rows
+from peftsurgery.codec.experts import HALVES
 from peftsurgery.errors import UsageError
 
+_STACK = re.compile(r"(?P<experts>.+\.experts)\.(?P<leaf>gate_up_proj|down_proj)")
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
@@ -86,13 +89,17 @@ class Facing:
         self.parts: dict[str, list[tuple[str, Stored]]] = {}
         for home, stored in base.stored.items():
             self.parts.setdefault(stored.name, []).append((home, stored))
-        direct = sum(name in merged for name in base.checkpoint)
+        self.weights: BaseWeights | None = None
         try:
-            self.homes = BaseWeights(merged, base.architecture).stored
+            self.weights = BaseWeights(merged, base.architecture)
         except UsageError:
-            if not direct:
+            if not any(name in merged for name in base.checkpoint):
                 raise
-            self.homes = {}
+
+    @property
+    def homes(self) -> Mapping[str, Stored]:
+        """Home name -> tensor of the merged checkpoint."""
+        return self.weights.stored if self.weights is not None else {}
 
     @property
     def dtypes(self) -> list[str]:
@@ -110,14 +117,39 @@ class Facing:
             self.used.add(name)
             tensor = self.merged[name]
             return Found(tensor.dtype, tuple(tensor.shape), tensor)
-        parts = sorted(self.parts.get(name, ()), key=lambda item: item[1].rows)
-        stored = [self.homes.get(home) for home, _ in parts]
-        if not stored or any(part is None for part in stored):
+        mine = sorted(self.parts.get(name, ()), key=lambda item: item[1].rows)
+        found = self._all([home for home, _ in mine])
+        if not found and mine:
+            found = self._experts(mine[0][0], tuple(mine[0][1].tensor.shape))
+        if not found:
             return None
-        found = [part for part in stored if part is not None]
         self.used.update(part.name for part in found)
         self.renamed = True
-        return self._joined(found, [mine for _, mine in parts])
+        return self._joined(found, [stored for _, stored in mine])
+
+    def _all(self, homes: list[str]) -> list[Stored]:
+        """The tensors of these home names, or none unless all are there."""
+        found: list[Stored] = []
+        for home in homes:
+            module, _, parameter = home.rpartition(".")
+            part = self.weights.find(module, parameter) if self.weights is not None else None
+            if part is None:
+                return []
+            found.append(part)
+        return found
+
+    def _experts(self, home: str, shape: tuple[int, ...]) -> list[Stored]:
+        """The single experts of a stack (E, rows, columns) that the merged checkpoint keeps apart.
+        """
+        match = _STACK.fullmatch(home)
+        if match is None or len(shape) != 3:
+            return []
+        leaves = HALVES if match["leaf"] == "gate_up_proj" else ("down_proj",)
+        found = self._all(
+            [f"{match['experts']}.{e}.{leaf}.weight" for e in range(shape[0]) for leaf in leaves]
+        )
+        one = (shape[1] // len(leaves), shape[2])
+        return found if all(part.shape == one for part in found) else []
 
     def _joined(self, found: list[Stored], mine: list[Stored]) -> Found | None:
         """Home parts stacked and the base's row operator applied (each is its own inverse)."""

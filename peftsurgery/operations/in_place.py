@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,6 +22,7 @@ from peftsurgery.operations.apply import Pipeline, Settings, Survival, alternati
 from peftsurgery.operations.inputs import DENSE, Inputs
 from peftsurgery.operations.journal import (
     check_untouched,
+    copy_durably,
     journal_path,
     locked,
     overwrite,
@@ -43,15 +43,8 @@ from peftsurgery.operations.merge_report import (
 )
 from peftsurgery.operations.plan import Target
 from peftsurgery.operations.proof import tile_that_differs
-from peftsurgery.operations.undo import (
-    Merge,
-    Undo,
-    digest_of,
-    read_undo,
-    record_merged,
-    root_of,
-    write_undo,
-)
+from peftsurgery.operations.undo import Merge, Undo, digest_of, read_undo, root_of
+from peftsurgery.operations.undo_writing import record_merged, write_undo
 from peftsurgery.reports import Progress
 
 
@@ -285,16 +278,3 @@ def _close(journal: Path, undo: Path | None) -> None:
         remove(journal)
     sync_folder(undo.parent)
     sync_folder(journal.parent)
-
-
-def copy_durably(source: Path, target: Path) -> None:
-    """Copy a file; the target appears complete and on disk, or not at all."""
-    temporary = target.with_name(f".{target.name[:200]}.part")
-    try:
-        shutil.copyfile(source, temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(target.parent)

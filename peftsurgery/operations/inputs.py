@@ -1,4 +1,6 @@
-"""What a merge starts from: the base and the adapters opened, decoded, brought into one shape and placed."""
+"""What a merge starts from: the base and the adapters opened, decoded, brought into one shape and
+placed.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,8 @@ from peftsurgery.operations.experts import unstack
 from peftsurgery.operations.journal import refuse_pending
 from peftsurgery.operations.plan import MergePlan, plan_merge
 from peftsurgery.operations.strengths import Strength
-from peftsurgery.operations.structure import (
-    TIED,
-    Structure,
-    embedding_rows,
-    replicated,
-    tied,
-    with_vocabulary,
-)
+from peftsurgery.operations.structure import Structure, replicated
+from peftsurgery.operations.tying import TIED, embedding_rows, tied, with_vocabulary
 
 OPEN = ("llm", "generic")  # tables that take any dotted name
 DENSE = ("F64", "F32", "F16", "BF16")
@@ -52,10 +48,12 @@ def open_inputs(
     allow_pickle: bool = False,
     unfinished: bool = False,
 ) -> Inputs:
-    """Open and decode everything and place every module on the base; see `plan_merge` for what it refuses.
+    """Open and decode everything and place every module on the base; see `plan_merge` for what it
+    refuses.
 
-    tied_weights: see `structure.tied`. residual_base: the base is the residual one that PiSSA, OLoRA and their like leave,
-    so their adapters belong to it. unfinished: accept a base whose merge in place was interrupted; otherwise it is refused.
+    tied_weights: see `tying.tied`. residual_base: the base is the residual one that PiSSA, OLoRA
+    and their like leave, so their adapters belong to it. unfinished: accept a base whose merge in
+    place was interrupted; otherwise it is refused.
     """
     if not adapters:
         raise UsageError("no adapter given. Pass at least one with -a ADAPTER[=STRENGTH].")
@@ -89,14 +87,21 @@ def open_inputs(
     placed = list(zip(stacked, strengths, strict=True))
     plan = plan_merge(weights, placed, names)
     config = structure.config if structure.config is not None else checkpoint.config
-    resized = with_vocabulary(config, embedding_rows(weights.checkpoint, plan.targets))
+    rows = embedding_rows(weights.checkpoint, plan.targets)
+    resized = with_vocabulary(config, rows)
+    findings = list(structure.findings)
+    if resized is None and any(before != after for before, after in rows.values()):
+        size = max(after for _, after in rows.values())
+        remedy = f"set vocab_size to {size} in the config.json used with the file"
+        message = f"the vocabulary has {size} entries now"
+        findings.append(Finding("warning", "vocabulary", message, None, remedy))
     return Inputs(
         weights,
         placed,
         names,
         plan,
         None if resized is checkpoint.config else resized,
-        structure.findings,
+        tuple(findings),
         structure.checkpoint is not checkpoint,
     )
 
@@ -114,8 +119,8 @@ def _restructured(
 def family_of(found: Sequence[Adapter | Checkpoint], base: Checkpoint) -> str:
     """The architecture whose table explains every adapter and most of the base.
 
-    A family of its own goes before the tables that take any name. Raises UsageError when several explain the base equally
-    and place its tensors differently, or when none explains the adapters.
+    A family of its own goes before the tables that take any name. Raises UsageError when several
+    explain the base equally and place its tensors differently, or when none explains the adapters.
     """
     fitting: list[BaseWeights] = []
     for name in architectures.ARCHITECTURES:
@@ -133,7 +138,8 @@ def family_of(found: Sequence[Adapter | Checkpoint], base: Checkpoint) -> str:
     if all(_places(weights) == _places(best[0]) for weights in best):
         return best[0].architecture.name
     raise UsageError(
-        f"{base.source}: {', '.join(w.architecture.name for w in best)} explain the base and the adapters alike, and place "
+        f"{base.source}: {', '.join(w.architecture.name for w in best)} explain the base and the "
+        "adapters alike, and place "
         "them differently. Pass --architecture."
     )
 
@@ -160,8 +166,10 @@ def _check_residual(adapter: Adapter, name: str, residual_base: bool) -> None:
     for finding in adapter.findings:
         if finding.code == "residual-base" and not residual_base:
             raise UnsupportedError(
-                f"{name}: {finding.message}. Merging it into the pristine base would count what was taken out of the base "
-                "twice. Pass --residual-base if BASE is that residual model (PEFT: base.save_pretrained after the "
+                f"{name}: {finding.message}. Merging it into the pristine base would count what "
+                "was taken out of the base "
+                "twice. Pass --residual-base if BASE is that residual model (PEFT: "
+                "base.save_pretrained after the "
                 f"initialisation), or {finding.remedy}."
             )
 
@@ -172,6 +180,7 @@ def _check_dense(weights: BaseWeights) -> None:
     if quantized:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         raise UnsupportedError(
-            f"{weights.checkpoint.source}: the base is quantized ({method}); this version merges into fp32, fp16 and bf16 "
+            f"{weights.checkpoint.source}: the base is quantized ({method}); this version merges "
+            "into fp32, fp16 and bf16 "
             "bases. Merge into the original and quantize the result."
         )

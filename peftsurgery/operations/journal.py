@@ -12,6 +12,7 @@ or rolled back:
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from glob import escape
@@ -201,3 +202,16 @@ def sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def copy_durably(source: Path, target: Path) -> None:
+    """Copy a file; the target appears complete and on disk, or not at all."""
+    temporary = target.with_name(f".{target.name[:200]}.part")
+    try:
+        shutil.copyfile(source, temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(target.parent)

@@ -2,8 +2,8 @@
 
     save(W + delta), one row tile at a time
 
-The base is never loaded: untouched tensors are copied as bytes, touched ones are computed tile by tile while earlier
-tiles are written.
+The base is never loaded: untouched tensors are copied as bytes, touched ones are computed tile by
+tile while earlier tiles are written.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ from peftsurgery.operations.plan import Target
 from peftsurgery.operations.proof import differences, written_dtype
 from peftsurgery.operations.side_files import copy_side_files
 from peftsurgery.operations.strengths import Strength
-from peftsurgery.operations.undo import Merge, check_undoable, identity, write_undo
+from peftsurgery.operations.undo import Merge
+from peftsurgery.operations.undo_writing import check_undoable, identity, write_undo
 from peftsurgery.reports import Progress
 
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
@@ -78,20 +79,26 @@ def merge(
     allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
-    """Fold `adapters` (source, strength) into `base` in the order given and write the result to `dst`.
+    """Fold `adapters` (source, strength) into `base` in the order given and write the result to
+    `dst`.
 
-    relative_to: "current" composes in order, "base" adds every adapter's change of the base itself. verify: "sample"
-    recomputes one tile of every touched tensor from the written file, "full" all of them; untouched tensors are always
-    compared byte by byte. tied: what to do when an adapter changes one side of an embedding that is also the output head:
-    "both", "untie" or "error". residual_base: the base is the one PiSSA or OLoRA left. undo: a file that will hold the original bytes of the touched tensors, for `unmerge`. in_place:
-    no `dst`; the touched tensors are overwritten in the base itself under a journal (see `merge_in_place`).
+    relative_to: "current" composes in order, "base" adds every adapter's change of the base itself.
+    verify: "sample" recomputes one tile of every touched tensor from the written file, "full" all
+    of them; untouched tensors are always compared byte by byte. tied: what to do when an adapter
+    changes one side of an embedding that is also the output head: "both", "untie" or "error".
+    residual_base: the base is the one PiSSA or OLoRA left. undo: a file that will hold the original
+    bytes of the touched tensors, for `unmerge`. in_place: no `dst`; the touched tensors are
+    overwritten in the base itself under a journal (see `merge_in_place`).
 
-    Raises CheckFailed when a module does not land, when survival is below `min_survival` or when the written file is not
-    what was planned; UsageError, UnsupportedError and UnsafeInputError as the readers do. Nothing is written then.
+    Raises CheckFailed when a module does not land, when survival is below `min_survival` or when
+    the written file is not what was planned; UsageError, UnsupportedError and UnsafeInputError as
+    the readers do. Nothing is written then.
     """
     settings = _settings(relative_to, dtype, rounding, seed, verify)
     if in_place == (dst is not None):
-        raise UsageError("a merge is written either to an output (-o DST) or --in-place; give one of the two.")
+        raise UsageError(
+            "a merge is written either to an output (-o DST) or --in-place; give one of the two."
+        )
     inputs = open_inputs(
         base,
         adapters,
@@ -128,13 +135,15 @@ def merge(
         report.summary["written"] = "nothing (--dry-run)"
         report.tables["plan"] = plan_rows(inputs.plan, settings)
         return report
-    with staged_beside(dst, folder=checkpoint.path.is_dir() or checkpoint.kind == "sharded") as staged:
+    folder = checkpoint.path.is_dir() or checkpoint.kind == "sharded"
+    with staged_beside(dst, folder=folder) as staged:
         survival = _write(inputs, settings, staged, progress)
         other_dtypes = partial(alternatives, inputs.plan.targets.values(), settings)
         report_survival(report, survival, min_survival, other_dtypes)
         _prove(inputs, settings, staged, full=verify == "full")
         report.summary["check"] = (
-            f"reopened: {len(survival)} touched tensors recomputed ({verify}), the others equal byte by byte"
+            f"reopened: {len(survival)} touched tensors recomputed ({verify}), the others equal "
+            "byte by byte"
         )
         if undo is not None:
             kept = _write_undo(inputs, settings, staged, Path(undo), overwrite)
@@ -159,7 +168,9 @@ def _settings(relative_to: str, dtype: str, rounding: str, seed: int, verify: st
 
 
 def check_output(base: Checkpoint, dst: Path, overwrite: bool) -> None:
-    """Refuse an output that exists, is an input, or is a file where a folder is to be written and the reverse."""
+    """Refuse an output that exists, is an input, or is a file where a folder is to be written and
+    the reverse.
+    """
     folder = base.path.is_dir() or base.kind == "sharded"
     if dst.resolve() in {path.resolve() for path in (*base.files, base.path)}:
         raise UsageError(f"{dst}: is the base itself. Give another output path.")
@@ -173,7 +184,9 @@ def check_output(base: Checkpoint, dst: Path, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def staged_beside(dst: Path, *, folder: bool) -> Iterator[Path]:
-    """A path beside `dst` to write to and check; whatever is left there when the block ends is removed."""
+    """A path beside `dst` to write to and check; whatever is left there when the block ends is
+    removed.
+    """
     dst.parent.mkdir(parents=True, exist_ok=True)
     staged = dst.with_name(f".{dst.stem}.{secrets.token_hex(6)}{dst.suffix}")
     try:
@@ -275,14 +288,17 @@ def _value(
 
 
 def cast(tensor: LazyTensor, dtype: str) -> Iterator[torch.Tensor]:
-    """A tensor that no adapter touches in another dtype, in pieces. Raises CheckFailed when a value does not fit."""
+    """A tensor that no adapter touches in another dtype, in pieces. Raises CheckFailed when a value
+    does not fit.
+    """
     flat = tensor.torch().reshape(-1)
     for start in range(0, flat.numel(), TILE):
         piece = flat[start : start + TILE]
         result = piece.to(torch_dtype(dtype))
         if not torch.equal(torch.isfinite(result), torch.isfinite(piece)):
             raise CheckFailed(
-                f"{tensor.name!r}: a value of {float(piece.abs().max()):g} does not fit {dtype}; nothing was kept. Write "
+                f"{tensor.name!r}: a value of {float(piece.abs().max()):g} does not fit {dtype}; "
+                "nothing was kept. Write "
                 "--dtype bf16 or fp32."
             )
         yield result
@@ -307,7 +323,9 @@ def _metadata(inputs: Inputs, path: Path, settings: Settings) -> dict[str, str]:
 def _check_undo(undo: Path, others: Sequence[str], overwrite: bool) -> None:
     """Refuse an undo file that cannot be written, before the work is done."""
     if undo.resolve() in {Path(other).resolve() for other in others}:
-        raise UsageError(f"--undo {undo}: is an input or the output of this merge; give another name.")
+        raise UsageError(
+            f"--undo {undo}: is an input or the output of this merge; give another name."
+        )
     if undo.exists() and not overwrite:
         raise UsageError(f"--undo {undo}: exists. Pass --overwrite to replace it.")
     if is_pickle_name(undo.name) or is_index(undo.name):
@@ -342,7 +360,9 @@ def merge_words(inputs: Inputs, settings: Settings, *, in_place: bool = False) -
         f"{name}={strength}"
         for name, (_, strength) in zip(inputs.names, inputs.adapters, strict=True)
     )
-    options = f"relative-to={settings.relative_to} rounding={settings.rounding} seed={settings.seed}"
+    options = (
+        f"relative-to={settings.relative_to} rounding={settings.rounding} seed={settings.seed}"
+    )
     return Merge(identity(inputs.plan, settings), adapters, options, in_place)
 
 
@@ -350,12 +370,15 @@ def merge_words(inputs: Inputs, settings: Settings, *, in_place: bool = False) -
 
 
 def _prove(inputs: Inputs, settings: Settings, staged: Path, *, full: bool) -> None:
-    """Reopen what was written: touched tensors recomputed (a tile each, or all), the others compared with the base."""
+    """Reopen what was written: touched tensors recomputed (a tile each, or all), the others
+    compared with the base.
+    """
     written = open_checkpoint(_entry(inputs.base.checkpoint, staged))
     problems = differences(inputs, settings, written, full=full)
     if problems:
         raise CheckFailed(
-            f"the written checkpoint is not what was planned: {len(problems)} tensors differ, first {problems[0]}. "
+            f"the written checkpoint is not what was planned: {len(problems)} tensors differ, "
+            f"first {problems[0]}. "
             "Nothing was kept."
         )
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from peftsurgery.codec.decoding import BASE_COPY
 from peftsurgery.errors import CheckFailed, Finding
 from peftsurgery.operations.apply import Settings, Survival, needs_whole, output_dtype
 from peftsurgery.operations.inputs import Inputs
@@ -20,7 +21,9 @@ NAMES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 
 @dataclass(frozen=True)
 class MergeReport(Report):
-    """Report of a merge; `survival` is the share of ΔW present in what was written, over all touched weights."""
+    """Report of a merge; `survival` is the share of ΔW present in what was written, over all
+    touched weights.
+    """
 
     survival: float = 1.0
     touched: dict[str, float] = field(default_factory=dict)  # stored tensor -> survival
@@ -37,7 +40,11 @@ def describe(report: MergeReport, inputs: Inputs, settings: Settings) -> None:
         f"{Path(n).name}={s}" for n, (_, s) in zip(inputs.names, inputs.adapters, strict=True)
     )
     if len(inputs.adapters) > 1:
-        how = "composed in this order" if settings.relative_to == "current" else "each relative to the base"
+        how = (
+            "composed in this order"
+            if settings.relative_to == "current"
+            else "each relative to the base"
+        )
         order += f" ({how})"
     adapters = sum(m.nbytes for a, _ in inputs.adapters for m in a.modules.values())
     report.summary.update(
@@ -50,7 +57,9 @@ def describe(report: MergeReport, inputs: Inputs, settings: Settings) -> None:
             "tensors untouched": len(base) - len(plan.targets),
             "bytes touched": plan.nbytes,
             "bytes": base.nbytes,
-            "largest touched tensor (elements)": max((t.numel for t in plan.targets.values()), default=0),
+            "largest touched tensor (elements)": max(
+                (t.numel for t in plan.targets.values()), default=0
+            ),
             "estimated peak memory bytes": WORKING_BYTES + adapters + _whole_bytes(plan),
         }
     )
@@ -68,14 +77,33 @@ def _describe_adapter(report: MergeReport, inputs: Inputs, index: int) -> None:
             Finding(
                 "info",
                 "strength-zero",
-                f"{plan.idle[index]} of {len(inputs.adapters[index][0].modules)} modules of {name} have strength 0 and change "
+                f"{plan.idle[index]} of {len(inputs.adapters[index][0].modules)} modules of {name} "
+                "have strength 0 and change "
                 "nothing",
+            )
+        )
+
+    left = [
+        key
+        for key in inputs.adapters[index][0].extras
+        if not key.endswith(BASE_COPY) and key != "lora_controlnet"
+    ]
+    if left:
+        report.findings.append(
+            Finding(
+                "warning",
+                "not-merged",
+                f"{len(left)} tensors of {name} belong to no weight of the base and are left out",
+                left[0],
+                "textual-inversion vectors are loaded beside the model, not merged into it",
             )
         )
 
 
 def _whole_bytes(plan: MergePlan) -> int:
-    """Memory for the largest tensor that cannot be computed row by row: base, result and one copy in fp32."""
+    """Memory for the largest tensor that cannot be computed row by row: base, result and one copy
+    in fp32.
+    """
     return max((12 * t.numel for t in plan.targets.values() if needs_whole(t)), default=0)
 
 
@@ -99,9 +127,11 @@ def report_survival(
     minimum: float | None,
     alternatives: Callable[[], Mapping[str, float]] | None = None,
 ) -> None:
-    """Fill in what survived. Raises CheckFailed below `minimum`, with the dtypes that would keep more.
+    """Fill in what survived. Raises CheckFailed below `minimum`, with the dtypes that would keep
+    more.
 
-    alternatives: the same share for other dtypes (safetensors names), asked for only when it is needed.
+    alternatives: the same share for other dtypes (safetensors names), asked for only when it is
+    needed.
     """
     total = Survival()
     for name, item in survival.items():
@@ -124,7 +154,8 @@ def report_survival(
     remedy = _remedy(total.share, alternatives() if alternatives is not None else {})
     if low:
         raise CheckFailed(
-            f"only {total.share:.1%} of ΔW survives rounding to the number type written, less than --min-survival "
+            f"only {total.share:.1%} of ΔW survives rounding to the number type written, less than "
+            "--min-survival "
             f"{minimum:g}; nothing was kept. {remedy[:1].upper()}{remedy[1:]}."
         )
     message = f"{total.share:.1%} of ΔW survives rounding to the number type written"

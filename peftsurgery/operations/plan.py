@@ -1,9 +1,11 @@
-"""The plan of a merge: which rows of which stored tensor each adapter module changes. Nothing is read for it."""
+"""The plan of a merge: which rows of which stored tensor each adapter module changes. Nothing is
+read for it.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from peftsurgery.adapter import Adapter, members
@@ -11,9 +13,8 @@ from peftsurgery.algorithms import LoRA, Replace, WeightAdapter
 from peftsurgery.algorithms.slots import fit_shape
 from peftsurgery.checkpoint import LazyTensor
 from peftsurgery.codec.bases import BaseWeights, Stored, flat_rows
-from peftsurgery.codec.decoding import BASE_COPY
-from peftsurgery.codec.detect import PEFT_PREFIX
 from peftsurgery.errors import CheckFailed, UnsupportedError, nearest
+from peftsurgery.operations.paths import grown_embeddings, prefix_of, prefixed
 from peftsurgery.operations.strengths import Strength, block_name, check_used
 
 
@@ -71,13 +72,13 @@ class Target:
         return self.shape != tuple(self.tensor.shape)
 
     def flat(self, tensor: LazyTensor) -> LazyTensor:
-        """A tensor of this shape (the base's or the result's) with rows as this target counts them."""
+        """A tensor of this shape, the base's or the result's, with rows as this target counts."""
         return flat_rows(tensor, self.lead)
 
 
 @dataclass
 class MergePlan:
-    """Targets by stored name, in the order of the checkpoint, and what every adapter contributes."""
+    """Targets by stored name, in the order of the checkpoint, and what each adapter gives."""
 
     targets: dict[str, Target]
     modules: int
@@ -91,26 +92,37 @@ class MergePlan:
 
 
 class Misfit(Exception):
-    """A module does not land; the message says why."""
+    """A module does not land; the message says why. `missing`: the home tensor the base does not
+    have.
+    """
+
+    def __init__(self, message: str, missing: str | None = None) -> None:
+        super().__init__(message)
+        self.missing = missing
+
+
+SHOWN = 8  # problems listed in full, with the nearest names: looking for those is slow
+MERGEABLE = ("F32", "F16", "BF16")
 
 
 def plan_merge(
     base: BaseWeights, adapters: Sequence[tuple[Adapter, Strength]], names: Sequence[str]
 ) -> MergePlan:
-    """Place every module of every adapter on the base. A module of strength 0 is placed too, and then left out.
+    """Place every module of every adapter on the base. A module of strength 0 is placed too, and
+    then left out.
 
-    Raises CheckFailed listing the modules without a place or with another shape, nearest names included: a merge lands
-    completely or not at all.
+    Raises CheckFailed listing the modules without a place or with another shape, nearest names
+    included: a merge lands completely or not at all.
     """
     targets: dict[str, Target] = {}
-    problems: list[str] = []
+    problems: list[tuple[str, Misfit]] = []
     plan = MergePlan({}, 0, {})
     for index, (adapter, strength) in enumerate(adapters):
         check_used(strength, adapter.modules, base.architecture.name, names[index])
-        prefix = _prefix(base, adapter)
+        prefix = prefix_of(base, adapter)
         if prefix:
             plan.prefixes[index] = prefix
-        grown = _grown(base, adapter, prefix)
+        grown = grown_embeddings(base, adapter, prefix)
         for path, module in adapter.modules.items():
             plan.modules += 1
             t = strength.of(path, _block(base, path))
@@ -125,16 +137,15 @@ def plan_merge(
                     for stored, edit in _edits(base, index, path, prefix, step, factor, shape):
                         _add(targets if t else {}, stored, edit)
             except Misfit as misfit:
-                problems.append(f"{names[index]}: {path}: {misfit}")
+                problems.append((f"{names[index]}: {path}", misfit))
     for target in targets.values():
         problems += _settle(target, names)
     if problems:
-        shown = "\n  ".join(problems[:8])
-        more = f"\n  … and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise CheckFailed(
-            f"{len(problems)} of {plan.modules} modules do not land on the base; nothing was written.\n  {shown}{more}\n"
-            "Give the base the adapters were trained on."
+            f"{len(problems)} of {plan.modules} modules do not land on the base; nothing was "
+            f"written.\n  {_listed(base, problems)}\nGive the base the adapters were trained on."
         )
+    _check_dense(base, targets)
     order = {name: i for i, name in enumerate(base.checkpoint)}
     plan.targets = dict(sorted(targets.items(), key=lambda item: order[item[0]]))
     return plan
@@ -147,58 +158,6 @@ def _block(base: BaseWeights, path: str) -> str | None:
         return block_name(component, None)
     site = part.site_of("ldm", members(inner)[0])
     return block_name(component, site.name if site else None)
-
-
-def _prefix(base: BaseWeights, adapter: Adapter) -> str:
-    """What has to stand before an adapter's paths so that they are found, when the model was wrapped differently.
-
-    `model.layers…` against `language_model.model.layers…`: tried only when not a single path is found as it stands.
-    """
-    paths = [path.partition(":") for path in adapter.modules]
-    if (
-        base.architecture.name != "llm"
-        or not paths
-        or any(base.find(f"{c}:{part}") for c, _, p in paths for part in members(p))
-    ):
-        return ""
-    first = paths[0][2]
-    wanted = members(first)[0]
-    for stored in base.stored:
-        home = stored.partition(":")[2].removesuffix(".weight")
-        if home.endswith("." + wanted):
-            prefix = home.removesuffix(wanted)
-            if all(base.find(f"{c}:{prefix}{members(p)[0]}") for c, _, p in paths):
-                return prefix
-        if wanted.endswith("." + home):
-            strip = wanted.removesuffix(home)
-            if all(base.find(f"{c}:{members(p)[0].removeprefix(strip)}") for c, _, p in paths):
-                return "-" + strip
-    return ""
-
-
-def prefixed(prefix: str, path: str) -> str:
-    """`path` with the prefix that `_prefix` found; a leading `-` means it is taken away."""
-    return path.removeprefix(prefix[1:]) if prefix.startswith("-") else prefix + path
-
-
-def _grown(base: BaseWeights, adapter: Adapter, prefix: str) -> dict[str, Replace]:
-    """Embeddings that had more or fewer rows in training than the base has, as PEFT saves them beside their LoRA.
-
-    `embed_tokens.base_layer.weight` is the weight the LoRA was trained on; of the base's own shape it is left aside.
-    """
-    found: dict[str, Replace] = {}
-    for key, value in adapter.extras.items():
-        if not key.endswith(BASE_COPY):
-            continue
-        module = key.removesuffix(BASE_COPY).removeprefix(PEFT_PREFIX)
-        path = next((p for p in adapter.modules if p.partition(":")[2] == module), None)
-        if path is None:
-            continue
-        component, _, inner = path.partition(":")
-        stored = base.find(f"{component}:{prefixed(prefix, inner)}")
-        if stored is not None and stored.shape != tuple(value.shape):
-            found[path] = Replace(value)
-    return found
 
 
 # placing one module -------------------------------------------------------------------------------
@@ -224,7 +183,7 @@ def _edits(
         home = f"{component}:{part}"
         weight = base.find(home)
         if changes_weight and weight is None:
-            raise Misfit(_missing(base, f"{home}.weight"))
+            raise _missing(f"{home}.weight")
         rows = module.shape[0]
         if len(parts) > 1:
             rows = weight.shape[0] if weight is not None else rows // len(parts)
@@ -236,17 +195,36 @@ def _edits(
             if bias is not None:
                 found.append((bias, _on_bias(index, path, module, strength, bias, row, marked)))
             elif bool((module.bias != 0).any()):
-                raise Misfit(_missing(base, f"{home}.bias"))
+                raise _missing(f"{home}.bias")
         row += rows
     if row != module.shape[0]:
         raise Misfit(f"the change has {module.shape[0]} rows, the base {row}")
     return found
 
 
-def _missing(base: BaseWeights, name: str) -> str:
-    close = nearest(name, base.stored, n=2)
-    hint = f" (closest: {', '.join(map(repr, close))})" if close else ""
-    return f"the base has no {name.partition(':')[2]!r}{hint}"
+def _missing(name: str) -> Misfit:
+    return Misfit(f"the base has no {name.partition(':')[2]!r}", name)
+
+
+def _listed(base: BaseWeights, problems: Sequence[tuple[str, Misfit]]) -> str:
+    lines: list[str] = []
+    for where, misfit in problems[:SHOWN]:
+        close = nearest(misfit.missing, base.stored, n=2) if misfit.missing else []
+        hint = f" (closest: {', '.join(map(repr, close))})" if close else ""
+        lines.append(f"{where}: {misfit}{hint}")
+    if len(problems) > SHOWN:
+        lines.append(f"… and {len(problems) - SHOWN} more")
+    return "\n  ".join(lines)
+
+
+def _check_dense(base: BaseWeights, targets: Mapping[str, Target]) -> None:
+    for name, target in targets.items():
+        if target.tensor.dtype not in MERGEABLE:
+            raise UnsupportedError(
+                f"{base.checkpoint.source}: {name!r} is stored as {target.tensor.dtype}; this "
+                "version merges into fp32, fp16 and bf16 weights. Merge into the original and "
+                "quantize the result."
+            )
 
 
 def _on_weight(
@@ -274,7 +252,8 @@ def _on_weight(
     elif isinstance(module, Replace) and not transposed and _whole(stored) and own[1:] == home[1:]:
         if own[0] != home[0] and strength not in (0, 1):
             raise Misfit(
-                f"it replaces {home[0]} rows by {own[0]}, which has no meaning at strength {strength:g}; use 1"
+                f"it replaces {home[0]} rows by {own[0]}, which has no meaning at strength "
+                f"{strength:g}; use 1"
             )
         stop = own[0]
     elif not fit_shape(own, (rows, *home[1:])) or home[0] != rows:
@@ -323,7 +302,8 @@ def _add(targets: dict[str, Target], stored: Stored, edit: Edit) -> None:
         target = targets[stored.name] = Target(stored.name, stored.tensor, shape, lead=stored.lead)
     if target.lead != stored.lead:
         raise UnsupportedError(
-            f"{stored.name!r}: changed as a whole by one adapter and expert by expert by another; merge them one after the "
+            f"{stored.name!r}: changed as a whole by one adapter and expert by expert by another; "
+            "merge them one after the "
             "other."
         )
     if edit.parameter == "weight" and edit.module.padded_shape is not None:
@@ -343,20 +323,22 @@ def _add(targets: dict[str, Target], stored: Stored, edit: Edit) -> None:
         target.edits.append(edit)
 
 
-def _settle(target: Target, names: Sequence[str]) -> list[str]:
+def _settle(target: Target, names: Sequence[str]) -> list[tuple[str, Misfit]]:
     """Edits of adapters that know the weight by a smaller shape than another adapter gives it."""
-    problems: list[str] = []
+    problems: list[tuple[str, Misfit]] = []
     if not target.resized:
         return problems
     for place, edit in enumerate(target.edits):
-        columns = math.prod(edit.module.padded_shape or edit.module.shape) // edit.module.shape[0]
+        shape = edit.module.padded_shape or edit.module.shape
+        columns = math.prod(shape) // shape[0]
         if edit.parameter == "bias" or columns == target.columns:
             continue
         if edit.module.additive and len(target.shape) == 2:
             target.edits[place] = replace(edit, columns=columns)
         else:
-            problems.append(
-                f"{names[edit.adapter]}: {edit.path}: looks at a weight of {columns} columns, which another adapter widens "
-                f"to {target.columns}"
+            why = (
+                f"looks at a weight of {columns} columns, which another adapter widens to "
+                f"{target.columns}"
             )
+            problems.append((f"{names[edit.adapter]}: {edit.path}", Misfit(why)))
     return problems

@@ -108,7 +108,7 @@ def _diffusers(f: Facts) -> Verdict | None:
     if f.layout == "onetrainer" and f.family == "flux":
         return "partly", "folds several layers of each block onto one key"
     if f.container == "comfy" and (f.family != "flux" or f.ab):
-        return "no", "finds no key: it does not know these names under diffusion_model.; --to diffusers"
+        return "no", "does not know these names under diffusion_model.; --to diffusers"
     if f.container == "bare" and f.layout not in ("xlabs", "bfl", "sai-control-lora"):
         return "no", "the names carry no component prefix; --to diffusers"
     if f.layout == "lycoris":

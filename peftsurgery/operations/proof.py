@@ -37,9 +37,12 @@ def differences(
 def tile_that_differs(
     target: Target, settings: Settings, found: LazyTensor, *, full: bool
 ) -> str | None:
-    """The first rows of `found` that are not what the merge gives, of the middle tile or of all; None when there are none."""
+    """The first rows of `found` that are not what the merge gives, of the middle tile or of all;
+    None when there are none.
+    """
     if (found.dtype, tuple(found.shape)) != (output_dtype(target, settings), target.shape):
-        return f"of {found.dtype} {list(found.shape)}, not {output_dtype(target, settings)} {list(target.shape)}"
+        wanted = f"{output_dtype(target, settings)} {list(target.shape)}"
+        return f"of {found.dtype} {list(found.shape)}, not {wanted}"
     renderer = Renderer(target, settings)
     tiles = spans(target)
     flat = target.flat(found)

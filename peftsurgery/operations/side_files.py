@@ -1,4 +1,6 @@
-"""The files beside the weights: configs, tokenizers and indexes, copied or rewritten to fit what was merged."""
+"""The files beside the weights: configs, tokenizers and indexes, copied or rewritten to fit what
+was merged.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,18 @@ from pathlib import Path
 from peftsurgery.checkpoint import Checkpoint, open_checkpoint
 from peftsurgery.errors import UsageError
 
-WEIGHTS = (".safetensors", ".sft", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+WEIGHTS = (
+    ".safetensors",
+    ".sft",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+)
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -23,11 +36,13 @@ def copy_side_files(
     config: dict[str, object] | None = None,
     dtype: str | None = None,
 ) -> None:
-    """Copy what lies beside the weights of `base` into the folder `staged`, where the weights are already.
+    """Copy what lies beside the weights of `base` into the folder `staged`, where the weights are
+    already.
 
-    config: what config.json becomes, None to keep it. dtype: the safetensors dtype everything was written in, None when it
-    was kept. Indexes get the names and the total size of what was written. Not copied: weights in other files or formats,
-    which would no longer be those of the model, their indexes, and hidden files.
+    config: what config.json becomes, None to keep it. dtype: the safetensors dtype everything was
+    written in, None when it was kept. Indexes get the names and the total size of what was written.
+    Not copied: weights in other files or formats, which would no longer be those of the model,
+    their indexes, and hidden files.
     """
     root = base.path if base.path.is_dir() else base.path.parent
     if not base.path.is_dir():  # a lone index: its folder may hold anything

@@ -2,12 +2,14 @@
 
     FILE=0.8                        every module
     FILE=unet:0.8,text_encoder:0.5  per component; components not named get 0
-    FILE=@MAP.json                  patterns of module paths -> strength, first match wins, "*" the rest; or
+    FILE=@MAP.json                  patterns of module paths -> strength, first match wins, "*" the
+    rest; or
                                     12, 17, 20 or 26 block weights, as the Kohya block-weight lists
 
-The lists (sd-scripts `networks/svd_merge_lora.py`, after the LoRA Block Weight extension): 17 and 26 numbers name blocks of
-SD1.x and SD2.x, 12 and 20 blocks of SDXL; the short ones leave out blocks without attention. BASE is the text encoders.
-Modules outside the blocks of a list keep the full strength.
+The lists (sd-scripts `networks/svd_merge_lora.py`, after the LoRA Block Weight extension): 17 and
+26 numbers name blocks of SD1.x and SD2.x, 12 and 20 blocks of SDXL; the short ones leave out blocks
+without attention. BASE is the text encoders. Modules outside the blocks of a list keep the full
+strength.
 """
 
 from __future__ import annotations
@@ -48,11 +50,15 @@ class Strength:
     blocks: Mapping[str, float] = field(default_factory=dict)
 
     def of(self, path: str, block: str | None) -> float:
-        """The strength of one module (`component:path`); `block` is its Kohya block name, if it has one."""
+        """The strength of one module (`component:path`); `block` is its Kohya block name, if it has
+        one.
+        """
         component = path.partition(":")[0]
         result = self.value
         if self.components:
-            result *= self.components.get(component, 0.0)  # a name without a strength was left out on purpose
+            result *= self.components.get(
+                component, 0.0
+            )  # a name without a strength was left out on purpose
         if self.blocks and block is not None:
             result *= self.blocks.get(block, 1.0)
         for pattern, value in self.patterns.items():
@@ -64,7 +70,9 @@ class Strength:
         numbers = {"": self.value, **self.components, **self.patterns, **self.blocks}
         for name, number in numbers.items():
             if not math.isfinite(number):
-                raise UsageError(f"strength {number} {name}: expected a finite number.".replace("  ", " "))
+                raise UsageError(
+                    f"strength {number} {name}: expected a finite number.".replace("  ", " ")
+                )
 
     def __str__(self) -> str:
         text = f"{self.value:g}"
@@ -76,7 +84,9 @@ class Strength:
 
 
 def check_used(strength: Strength, paths: Iterable[str], family: str, name: str) -> None:
-    """Refuse a component, pattern or block list that this adapter has no module for. Raises UsageError."""
+    """Refuse a component, pattern or block list that this adapter has no module for. Raises
+    UsageError.
+    """
     paths = list(paths)
     present = sorted({path.partition(":")[0] for path in paths})
     for component in strength.components:
@@ -93,15 +103,20 @@ def check_used(strength: Strength, paths: Iterable[str], family: str, name: str)
         counts = [n for n, names in BLOCK_LISTS.items() if tuple(strength.blocks) == names]
         known = sorted(n for n, families in FAMILIES.items() if family in families)
         if not known:
-            raise UsageError(f"{name}: block weights are for SD1.x, SD2.x and SDXL, not for {family}.")
+            raise UsageError(
+                f"{name}: block weights are for SD1.x, SD2.x and SDXL, not for {family}."
+            )
         if counts and counts[0] not in known:
             raise UsageError(
-                f"{name}: {counts[0]} block weights are not for {family}; expected {' or '.join(map(str, known))}."
+                f"{name}: {counts[0]} block weights are not for {family}; expected "
+                f"{' or '.join(map(str, known))}."
             )
 
 
 def parse(text: str) -> tuple[str, Strength]:
-    """`FILE[=STRENGTH]` -> (file, strength). A `=` in the file name itself is kept when what follows is no strength."""
+    """`FILE[=STRENGTH]` -> (file, strength). A `=` in the file name itself is kept when what
+    follows is no strength.
+    """
     source, equals, tail = text.rpartition("=")
     if not equals:
         return text, Strength()
@@ -113,7 +128,8 @@ def parse(text: str) -> tuple[str, Strength]:
         if "/" in tail or "\\" in tail or tail.endswith(".safetensors"):
             return text, Strength()
         raise UsageError(
-            f"{text!r}: {tail!r} is no strength. Expected FILE=0.8, FILE=unet:0.8,text_encoder:0.5 or "
+            f"{text!r}: {tail!r} is no strength. Expected FILE=0.8, FILE=unet:0.8,text_encoder:0.5 "
+            "or "
             "FILE=@MAP.json."
         ) from None
 
@@ -160,7 +176,9 @@ def _lengths() -> str:
 
 
 def block_name(component: str, ldm_name: str | None) -> str | None:
-    """The Kohya block of a module from its ldm name: IN04, M00, OUT11; BASE for text encoders; None for the rest."""
+    """The Kohya block of a module from its ldm name: IN04, M00, OUT11; BASE for text encoders; None
+    for the rest.
+    """
     if component.startswith("text_encoder"):
         return "BASE"
     if ldm_name is None:

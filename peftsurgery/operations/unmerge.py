@@ -11,19 +11,16 @@ base's, by SHA-256.
 from __future__ import annotations
 
 import os
-import secrets
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from peftsurgery.checkpoint import Checkpoint, LazyTensor, open_checkpoint, sha256_of
-from peftsurgery.checkpoint.writing import Sink
+from peftsurgery.checkpoint import Checkpoint, open_checkpoint, sha256_of
 from peftsurgery.codec.files import publish
 from peftsurgery.errors import CheckFailed, Finding, UsageError
-from peftsurgery.operations.in_place import copy_durably
 from peftsurgery.operations.journal import (
     Advance,
     check_untouched,
+    copy_durably,
     has_head,
     journal_path,
     locked,
@@ -36,13 +33,14 @@ from peftsurgery.operations.journal import (
     unfinished,
 )
 from peftsurgery.operations.merge import check_output, staged_beside
+from peftsurgery.operations.restoring import rebuild, replace_file, restore_sides
 from peftsurgery.operations.undo import Undo, originals, read_undo, root_of
 from peftsurgery.reports import Progress, Report
 
 
 @dataclass(frozen=True)
 class UnmergeReport(Report):
-    """Report of an unmerge; `inputs` and the table "files" hold the digests before and after."""
+    """Report of an unmerge: a row per restored tensor, and the table "files" with what each was."""
 
 
 def unmerge(
@@ -156,64 +154,11 @@ def _to(
         for index, path in enumerate(paths):
             place = staged / record.files[index].path if record.folder else staged
             place.parent.mkdir(parents=True, exist_ok=True)
-            _rebuild(record, index, path, place, advance)
+            rebuild(record, index, path, place, advance)
         if record.folder:
-            _restore_sides(record, root_of(checkpoint), staged, only_kept=False)
+            restore_sides(record, root_of(checkpoint), staged, only_kept=False)
         report.outputs.extend(str(path) for path in publish(staged, dst, overwrite=overwrite))
     report.summary["check"] = "every file is the base's by SHA-256"
-
-
-def _rebuild(record: Undo, index: int, source: Path, place: Path, advance: Advance) -> None:
-    """Write one file of the base to `place`, on disk and proved by its digest."""
-    header = record.header(index)
-    found = open_checkpoint(source)
-    fd = os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
-    try:
-        sink = Sink(fd)
-        sink.write(memoryview(record.head(index)))
-        for name, info in sorted(header.tensors.items(), key=lambda item: item[1][2:]):
-            tensor = record.original(index, name) or _untouched(found, name, info.dtype, info.shape)
-            span = tensor.file_range()
-            assert span is not None
-            sink.copy(tensor.file, *span)
-            advance(tensor.nbytes, name)
-        sink.flush()
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    prove_base(record, index, place)
-
-
-def _untouched(found: Checkpoint, name: str, dtype: str, shape: tuple[int, ...]) -> LazyTensor:
-    tensor = found.get(name)
-    if tensor is None or (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
-        what = f"{tensor.dtype} {list(tensor.shape)}" if tensor is not None else "missing"
-        raise CheckFailed(f"{found.source}: {name!r} is {what}; expected {dtype} {list(shape)}.")
-    return tensor
-
-
-def _restore_sides(record: Undo, source: Path, target: Path, *, only_kept: bool) -> None:
-    """Side files: from the undo file, or from the merged folder where they must be as they were."""
-    for number, side in enumerate(record.sides):
-        place = target / side.path
-        if side.kept:
-            if place.is_file() and sha256_of(place) == side.sha256:
-                continue
-            place.parent.mkdir(parents=True, exist_ok=True)
-            temporary = place.with_name(f".{place.name[:200]}.{secrets.token_hex(6)}.part")
-            try:
-                temporary.write_bytes(record.checkpoint[f"side/{number}"].read())
-                copy_durably(temporary, place)
-            finally:
-                temporary.unlink(missing_ok=True)
-        elif not only_kept:
-            if not (source / side.path).is_file() or sha256_of(source / side.path) != side.sha256:
-                raise CheckFailed(
-                    f"{source / side.path}: is missing or changed since the merge, and too large "
-                    "for the undo file to hold."
-                )
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / side.path, place)
 
 
 # in place -----------------------------------------------------------------------------------------
@@ -248,28 +193,15 @@ def _in_place(
             if has_head(record, index, path):
                 roll_back(record, index, path, advance)
             elif sha256_of(path) == record.merged(index):
-                _replace(record, index, path, advance)
+                replace_file(record, index, path, advance)
         if record.folder:
             root = root_of(checkpoint)
-            _restore_sides(record, root, root, only_kept=True)
+            restore_sides(record, root, root, only_kept=True)
         for index, path in enumerate(paths):
             prove_base(record, index, path)
         remove(journal)
     report.outputs.extend(map(str, paths))
     report.summary["check"] = "every file is the base's by SHA-256"
-
-
-def _replace(record: Undo, index: int, path: Path, advance: Advance) -> None:
-    """A file whose header the merge changed: the base's is written beside it and renamed over
-    it.
-    """
-    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(6)}.part")
-    try:
-        _rebuild(record, index, path, temporary, advance)
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _counter(progress: Progress | None, total: int) -> Advance:

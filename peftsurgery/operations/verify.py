@@ -12,17 +12,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from peftsurgery.adapter import Adapter
 from peftsurgery.checkpoint import Checkpoint, open_checkpoint
 from peftsurgery.errors import Finding, UnsupportedError
 from peftsurgery.operations.apply import Renderer, Settings, spans
-from peftsurgery.operations.comparing import MANTISSA, SAME_STRENGTH, Comparison, compare
+from peftsurgery.operations.comparing import MANTISSA, Comparison, compare
+from peftsurgery.operations.diagnosis import Factors, explain, factors, some, with_adapters
 from peftsurgery.operations.facing import Facing, leftovers
 from peftsurgery.operations.inputs import Inputs, open_inputs
 from peftsurgery.operations.journal import refuse_pending
@@ -164,7 +162,8 @@ class _Check:
         settings = Settings(self.relative_to, dtype=found.dtype)
         order = list(dict.fromkeys(edit.adapter for edit in target.edits))
         stages = [
-            Renderer(_of(target, order[: count + 1]), settings) for count in range(len(order))
+            Renderer(with_adapters(target, order[: count + 1]), settings)
+            for count in range(len(order))
         ]
         total = Comparison()
         for start, stop in spans(target):
@@ -199,7 +198,7 @@ class _Check:
         if unseen:
             self._note(
                 "not-compared",
-                f"{len(unseen)} tensors have no counterpart to compare: {_some(unseen)}",
+                f"{len(unseen)} tensors have no counterpart to compare: {some(unseen)}",
             )
         wrong = [name for name, result in self.results.items() if result.verdict == "no"]
         open_ = [name for name, result in self.results.items() if result.verdict == "undecided"]
@@ -228,7 +227,7 @@ class _Check:
         if self.undecidable:
             self._note(
                 "not-comparable",
-                f"stored in a type that cannot be compared: {_some(list(self.undecidable))}",
+                f"stored in a type that cannot be compared: {some(list(self.undecidable))}",
             )
             return "undecided"
         if all(result.differing == 0 for result in vague):
@@ -239,7 +238,7 @@ class _Check:
         self._note(
             "too-little",
             f"too little is left of the change of {len(undecided)} tensors to tell: "
-            f"{_some(undecided)}",
+            f"{some(undecided)}",
         )
         return "undecided"
 
@@ -268,75 +267,15 @@ class _Check:
         }
 
     def _explain(self, wrong: list[str], asked: dict[str, dict[int, float]]) -> None:
-        """Name what the wrong tensors look like: not merged, another strength, or something
-        else.
-        """
-        absent: dict[int, list[str]] = {}
-        other: dict[tuple[int, float, float], list[str]] = {}
-        strange: list[str] = []
-        sums: dict[int, list[float]] = {}
+        readings: dict[str, Factors | None] = {}
         for name in wrong:
-            factors = self._factors(self.inputs.plan.targets[name], self.results[name])
-            if factors is None:
-                strange.append(name)
-                continue
-            for adapter, (factor, margin) in factors.items():
-                strength = asked[name][adapter]
-                sums.setdefault(adapter, []).append(factor * strength)
-                if abs(factor - 1) <= margin:
-                    continue
-                if abs(factor) <= margin:
-                    absent.setdefault(adapter, []).append(name)
-                else:
-                    found = float(f"{factor * strength:.2g}")
-                    other.setdefault((adapter, found, strength), []).append(name)
-        names = self.inputs.names
-        for adapter, tensors in absent.items():
-            self._error(
-                "not-merged", f"{names[adapter]} is not in {len(tensors)} tensors: {_some(tensors)}"
-            )
-        for (adapter, found, strength), tensors in other.items():
-            self._error(
-                "wrong-strength",
-                f"{names[adapter]} looks like strength {found:g} instead of {strength:g} in "
-                f"{len(tensors)} tensors: "
-                f"{_some(tensors)}",
-            )
-        if strange:
-            self._error(
-                "other-values", f"no strength explains {len(strange)} tensors: {_some(strange)}"
-            )
-        for adapter, values in sums.items():
-            self.report.strengths[names[adapter]] = sum(values) / len(values)
-
-    def _factors(self, target: Target, result: Comparison) -> dict[int, tuple[float, float]] | None:
-        """Adapter -> (factor on the strength asked for, margin) by least squares; None when no
-        factors fit.
-        """
-        indices = sorted({edit.adapter for edit in target.edits})
-        margin = max(2 * SAME_STRENGTH, 4 * result.uncertainty)
-        if result.total == 0 or margin > 0.5:
-            return None
-        if len(indices) == 1:
-            noise = 4 * result.uncertainty * math.sqrt(max(1, result.elements))
-            fits = result.unexplained <= max(0.1, noise)
-            return {indices[0]: (result.strength or 0.0, margin)} if fits else None
-        found = self.facing.find(target.name)
-        assert found is not None
-        start, stop = spans(target)[len(spans(target)) // 2]
-        settings = Settings(self.relative_to, dtype=found.dtype)
-        columns: list[Tensor] = []
-        before = torch.empty(0)
-        for index in indices:
-            exact, before = Renderer(_of(target, [index]), settings).exact(start, stop)
-            columns.append((exact - before).double().reshape(-1))
-        change = (found.rows(start, stop, target.rows).float() - before).double().reshape(-1)
-        matrix = torch.stack(columns, 1)
-        factors = torch.linalg.lstsq(matrix, change[:, None]).solution[:, 0]
-        rest = torch.linalg.vector_norm(change - matrix @ factors)
-        if rest > 0.1 * torch.linalg.vector_norm(matrix):
-            return None
-        return {i: (float(f), margin) for i, f in zip(indices, factors, strict=True)}
+            found = self.facing.find(name)
+            assert found is not None
+            target = self.inputs.plan.targets[name]
+            readings[name] = factors(target, self.results[name], found, self.relative_to)
+        findings, strengths = explain(readings, asked, self.inputs.names)
+        self.report.findings.extend(findings)
+        self.report.strengths.update(strengths)
 
     def _summarise(self, answer: str, wrong: list[str], undecided: list[str]) -> None:
         total = Comparison()
@@ -376,13 +315,3 @@ class _Check:
 
     def _note(self, code: str, message: str) -> None:
         self.report.findings.append(Finding("warning", code, message))
-
-
-def _of(target: Target, adapters: Sequence[int]) -> Target:
-    """The target with the edits of some adapters only."""
-    return replace(target, edits=[edit for edit in target.edits if edit.adapter in adapters])
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:4])
-    return f"{shown}, …" if len(names) > 4 else shown

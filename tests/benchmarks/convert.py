@@ -107,12 +107,14 @@ def peer(source: str, folder: str) -> None:
 
     Its saver keeps no alpha, checks nothing and does not wait for the disk.
     """
-    from diffusers import StableDiffusionXLPipeline
+    from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import (
+        StableDiffusionXLPipeline,
+    )
 
     begin = time.perf_counter()
-    state, _ = StableDiffusionXLPipeline.lora_state_dict(
+    state = StableDiffusionXLPipeline.lora_state_dict(
         source, unet_config=SimpleNamespace(layers_per_block=2)
-    )
+    )[0]
     layers = {key.removeprefix("unet."): value for key, value in state.items()}
     StableDiffusionXLPipeline.save_lora_weights(folder, unet_lora_layers=layers)
     print(f"\nSECONDS {time.perf_counter() - begin}")

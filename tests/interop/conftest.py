@@ -16,7 +16,8 @@ NOISY = ("diffusers", "transformers", "LyCORIS", "peft")
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """These models are so small that threads only wait for each other: fifty times slower on a busy machine."""
+    """These models are so small that threads only wait for each other: fifty times slower on a busy
+    machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

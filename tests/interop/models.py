@@ -1,16 +1,20 @@
-"""What the interoperability tests share: fresh random adapters, models run on fixed inputs, and one measure.
+"""What the interoperability tests share: fresh random adapters, models run on fixed inputs, and one
+measure.
 
-The witness on our side is always the base weights with `WeightAdapter.merged` applied; the witness on the other side is
-the peer's forward pass after its own loader read our file. Both are run on the same inputs.
+The witness on our side is always the base weights with `WeightAdapter.merged` applied; the witness
+on the other side is the peer's forward pass after its own loader read our file. Both are run on the
+same inputs.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
@@ -37,7 +41,7 @@ def base_parts(base: str) -> dict[str, nn.Module]:
 
 
 def here(model: nn.Module, path: str) -> str:
-    """A home path as this model has it: transformers 5 has no `text_model` level in CLIPTextModel."""
+    """A home path as this model has it: transformers 5 has no `text_model` in CLIPTextModel."""
     return path if hasattr(model, "text_model") else path.removeprefix("text_model.")
 
 
@@ -48,7 +52,8 @@ def home(model: nn.Module, path: str) -> str:
 
 
 def layers(model: nn.Module, *patterns: str) -> dict[str, nn.Module]:
-    """Home path -> layer of every Linear, Conv2d, Conv1D and Embedding that matches one of `patterns` (all if none)."""
+    """Home path -> layer of every Linear, Conv2d, Conv1D and Embedding that matches one of
+    `patterns` (all if none)."""
     return {
         home(model, name): layer
         for name, layer in model.named_modules()
@@ -57,7 +62,14 @@ def layers(model: nn.Module, *patterns: str) -> dict[str, nn.Module]:
     }
 
 
-# fresh adapters ------------------------------------------------------------------------------------------------------
+def weight_of(model: nn.Module, path: str) -> Tensor:
+    """The weight of the layer at a home path."""
+    weight = model.get_submodule(here(model, path)).weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+# fresh adapters -----------------------------------------------------------------------------------
 
 
 def lora_for(weight: Tensor, rank: int, scale: float, random: torch.Generator) -> LoRA:
@@ -89,11 +101,13 @@ def random_loras(
 
 def adapter_of(architecture: str, parts: Mapping[str, Modules]) -> Adapter:
     """An adapter in memory from component -> home path -> module."""
-    modules = {f"{name}:{path}": module for name, part in parts.items() for path, module in part.items()}
+    modules = {
+        f"{name}:{path}": module for name, part in parts.items() for path, module in part.items()
+    }
     return Adapter(modules, architecture)
 
 
-# running models ------------------------------------------------------------------------------------------------------
+# running models -----------------------------------------------------------------------------------
 
 
 def inputs(model: nn.Module, seed: int = 7) -> dict[str, Tensor | dict[str, Tensor]]:
@@ -103,8 +117,8 @@ def inputs(model: nn.Module, seed: int = 7) -> dict[str, Tensor | dict[str, Tens
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=random)
 
-    config = getattr(model, "config", None)
-    kind = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    config, kind = inner.config, type(inner).__name__
     if kind == "UNet2DConditionModel":
         given: dict[str, Tensor | dict[str, Tensor]] = {
             "sample": normal(2, 4, 8, 8),
@@ -120,7 +134,7 @@ def inputs(model: nn.Module, seed: int = 7) -> dict[str, Tensor | dict[str, Tens
         row, column = torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij")
         places = torch.stack([torch.zeros(16), row.flatten(), column.flatten()], dim=-1)
         return {
-            "hidden_states": normal(2, 16, model.x_embedder.in_features),
+            "hidden_states": normal(2, 16, inner.x_embedder.in_features),
             "encoder_hidden_states": normal(2, 7, config.joint_attention_dim),
             "pooled_projections": normal(2, config.pooled_projection_dim),
             "timestep": torch.tensor([0.3, 0.8]),
@@ -133,7 +147,7 @@ def inputs(model: nn.Module, seed: int = 7) -> dict[str, Tensor | dict[str, Tens
 
 @torch.no_grad()
 def run(model: nn.Module, changed: Mapping[str, Tensor] | None = None) -> Tensor:
-    """The model's main output; with `changed`, computed with those parameters in place of its own."""
+    """The model's main output; with `changed`, these parameters take the place of its own."""
     given = inputs(model)
     output = model(**given) if changed is None else functional_call(model, dict(changed), (), given)
     for name in ("sample", "logits", "last_hidden_state"):
@@ -144,13 +158,14 @@ def run(model: nn.Module, changed: Mapping[str, Tensor] | None = None) -> Tensor
 
 @torch.no_grad()
 def merged(model: nn.Module, modules: Modules) -> dict[str, Tensor]:
-    """Parameter name of `model` -> its value after `WeightAdapter.merged`; a group is merged as one fused weight."""
+    """Parameter name of `model` -> its value after `WeightAdapter.merged`; a group is merged as one
+    fused weight."""
     result: dict[str, Tensor] = {}
     for path, adapter in modules.items():
         names = [here(model, member) for member in members(path)]
         found = [model.get_submodule(name) for name in names]
         weights = [layer.weight for layer in found if isinstance(layer.weight, Tensor)]
-        biases = [layer.bias for layer in found if isinstance(getattr(layer, "bias", None), Tensor)]
+        biases = [b for b in (getattr(layer, "bias", None) for layer in found) if b is not None]
         one = len(found) == 1
         weight, bias = adapter.merged(
             weights[0] if one else torch.cat(weights),
@@ -171,9 +186,11 @@ def run_merged(model: nn.Module, modules: Modules) -> Tensor:
 
 
 def distance(actual: Tensor, expected: Tensor, base: Tensor) -> float:
-    """‖actual − expected‖ over what the adapter changes, ‖expected − base‖, or a fifth of ‖base‖ where that is more.
+    """‖actual − expected‖ over what the adapter changes, ‖expected − base‖, or a fifth of ‖base‖
+    where that is more.
 
-    The floor is for adapters that were hardly trained: fp32 runs differ by about 1e-6 of the output.
+    The floor is for adapters that were hardly trained: fp32 runs differ by about 1e-6 of the
+    output.
     """
     change = torch.linalg.vector_norm(expected - base)
     whole = torch.linalg.vector_norm(base)

@@ -1,8 +1,10 @@
-"""An independent reader of ComfyUI's files: native base weights and patches, written from the formats alone.
+"""An independent reader of ComfyUI's files: native base weights and patches, written from the
+formats alone.
 
-Nothing here uses the package. Names: `diffusion_model.<native path>` and `text_encoders.<name>.transformer.<path>`, with
-LyCORIS's suffixes, `lora_A`/`lora_B`, `set_weight` and `reshape_weight` (ComfyUI comfy/lora.py, comfy/weight_adapter/);
-native FLUX and ldm names as Black Forest Labs' and Stability's checkpoints have them.
+Nothing here uses the package. Names: `diffusion_model.<native path>` and
+`text_encoders.<name>.transformer.<path>`, with LyCORIS's suffixes, `lora_A`/`lora_B`, `set_weight`
+and `reshape_weight` (ComfyUI comfy/lora.py, comfy/weight_adapter/); native FLUX and ldm names as
+Black Forest Labs' and Stability's checkpoints have them.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ State = Mapping[str, Tensor]
 Weights = dict[str, Tensor]
 
 
-# native weights from diffusers' -------------------------------------------------------------------------------------
+# native weights from diffusers' -------------------------------------------------------------------
 
 
 def _copy(result: Weights, state: State, native: str, *names: str) -> None:
-    """weight and bias (as far as there are any) of a module made of `names`, one below the other."""
+    """weight and bias, where there are any, of a module made of `names`, one below the other."""
     for parameter in ("weight", "bias"):
         if f"{names[0]}.{parameter}" in state:
             result[f"{native}.{parameter}"] = torch.cat([state[f"{n}.{parameter}"] for n in names])
@@ -35,7 +37,11 @@ def flux_native(state: State, double: int, single: int) -> Weights:
         ("final_layer.linear", "proj_out"),
         *(
             (f"{short}.{side}_layer", f"time_text_embed.{long}_embedder.linear_{number}")
-            for short, long in (("time_in", "timestep"), ("vector_in", "text"), ("guidance_in", "guidance"))
+            for short, long in (
+                ("time_in", "timestep"),
+                ("vector_in", "text"),
+                ("guidance_in", "guidance"),
+            )
             for number, side in ((1, "in"), (2, "out"))
         ),
     ):
@@ -95,8 +101,11 @@ TOP = {
 
 
 def unet_native(state: State, layers: int = 2) -> Weights:
-    """A UNet in ldm names: blocks counted through, L = `layers` per level (`input_blocks.{1 + (L + 1) b + j}`)."""
-    attended = {".".join(n.split(".")[:2]) for n in state if n.startswith("up_") and ".attentions." in n}
+    """A UNet in ldm names: blocks counted through, L = `layers` per level (`input_blocks.{1 + (L +
+    1) b + j}`)."""
+    attended = {
+        ".".join(n.split(".")[:2]) for n in state if n.startswith("up_") and ".attentions." in n
+    }
 
     def native(name: str) -> str:
         for top, other in TOP.items():
@@ -131,7 +140,7 @@ def clip_native(state: State) -> Weights:
     return dict(state) if wrapped else {f"text_model.{name}": t for name, t in state.items()}
 
 
-# patches ------------------------------------------------------------------------------------------------------------
+# patches ------------------------------------------------------------------------------------------
 
 SUFFIXES = (
     *("lora_up.weight", "lora_down.weight", "lora_mid.weight", "lora_A.weight", "lora_B.weight"),
@@ -143,7 +152,10 @@ SUFFIXES = (
 
 def _delta(p: Weights) -> Tensor | None:
     """ΔW of one module's tensors, scale included, in the factors' own shape."""
-    up, down = p.get("lora_up.weight", p.get("lora_B.weight")), p.get("lora_down.weight", p.get("lora_A.weight"))
+    up, down = (
+        p.get("lora_up.weight", p.get("lora_B.weight")),
+        p.get("lora_down.weight", p.get("lora_A.weight")),
+    )
     alpha = p.get("alpha")
     if up is not None and down is not None:
         s = 1.0 if alpha is None else alpha / down.shape[0]
@@ -195,7 +207,8 @@ def _patched(weight: Tensor, p: Weights) -> Tensor:
 
 
 def patched(weights: State, tensors: State, prefix: str) -> Weights:
-    """The native weights that the file changes, changed. Raises KeyError for a key that belongs nowhere."""
+    """The native weights that the file changes, changed. Raises KeyError for a key that belongs
+    nowhere."""
     modules: dict[str, Weights] = {}
     for key, tensor in tensors.items():
         if not key.startswith(prefix):

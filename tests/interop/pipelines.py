@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor, nn
 
 from fixtures import bases
@@ -92,7 +92,8 @@ def random_parts(
     only: Sequence[str] = ("*",),
     without: Sequence[str] = (),
 ) -> Parts:
-    """Fresh LoRAs on the family's selection as far as `only` and `without` (patterns on `component:path`) allow."""
+    """Fresh LoRAs on the family's selection as far as `only` and `without` (patterns on
+    `component:path`) allow."""
 
     def wanted(full: str) -> bool:
         return any(fnmatch.fnmatchcase(full, p) for p in only) and not any(

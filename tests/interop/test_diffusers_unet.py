@@ -1,4 +1,4 @@
-"""diffusers' Stable Diffusion pipelines read our files and compute what our merged weights compute."""
+"""diffusers' Stable Diffusion pipelines read our files: outputs as with our merged weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ import pytest
 
 from peftsurgery import convert, load_adapter
 from tests.interop import models
-from tests.interop.pipelines import FAMILIES, SD, SDXL, WITHIN, Family, errors, loaded, random_parts, written
+from tests.interop.pipelines import (
+    FAMILIES,
+    SD,
+    SDXL,
+    WITHIN,
+    Family,
+    errors,
+    loaded,
+    random_parts,
+    written,
+)
 
 GOLDEN = Path(__file__).resolve().parents[2] / "fixtures" / "golden"
 MIXED, UNIFORM = (4, 1, 8), (3,)
@@ -32,11 +42,17 @@ ATTENTION = ("*.attn?.to_*", "*.self_attn.*")
         (SDXL, "kohya-ldm", UNIFORM, ("*",), ()),
         (SDXL, "kohya-hf", UNIFORM, ("*",), ("unet:add_embedding.*",)),  # see test_diffusers_quirks
     ],
-    ids=lambda value: getattr(value, "architecture", value) if isinstance(value, (str, Family)) else "",
+    ids=lambda value: (
+        getattr(value, "architecture", value) if isinstance(value, (str, Family)) else ""
+    ),
 )
-def test_every_layout(family, layout, alphas, only, without, fold, untouched, plain_output, random, tmp_path) -> None:
+def test_every_layout(
+    family, layout, alphas, only, without, fold, untouched, plain_output, random, tmp_path
+) -> None:
     built = untouched(family.base)
-    if fold:  # Kohya files whose alphas differ only load right when folded (see test_diffusers_quirks)
+    if (
+        fold
+    ):  # Kohya files whose alphas differ only load right when folded (see test_diffusers_quirks)
         alphas = MIXED
     parts = random_parts(family, built, random, alphas=alphas, only=only, without=without)
     adapter = models.adapter_of(family.architecture, parts)
@@ -57,8 +73,11 @@ def test_every_layout(family, layout, alphas, only, without, fold, untouched, pl
         ("lycoris_kohya_rslora", "sd1", ("diffusers",)),
     ],
 )
-def test_trained_adapters_from_elsewhere(name, architecture, layouts, untouched, plain_output, tmp_path) -> None:
-    """Kohya and LyCORIS files too: their rank-stabilised and convolution scales arrive through the metadata."""
+def test_trained_adapters_from_elsewhere(
+    name, architecture, layouts, untouched, plain_output, tmp_path
+) -> None:
+    """Kohya and LyCORIS files too: their rank-stabilised and convolution scales arrive through the
+    metadata."""
     family = FAMILIES[architecture]
     source = GOLDEN / f"{name}.safetensors"
     adapter = load_adapter(source, architecture=architecture)
@@ -71,7 +90,8 @@ def test_trained_adapters_from_elsewhere(name, architecture, layouts, untouched,
 
 
 def test_metadata_says_what_the_tensors_cannot(untouched, random, tmp_path: Path) -> None:
-    """Without alpha in the tensors the metadata must name every scale, and no `text_model` (see peft_config.tail)."""
+    """Without alpha in the tensors the metadata must name every scale, and no `text_model` (see
+    peft_config.tail)."""
     parts = random_parts(SD, untouched(SD.base), random)
     written(models.adapter_of("sd1", parts), "diffusers", tmp_path)
     from safetensors import safe_open

@@ -1,6 +1,5 @@
-"""LyCORIS loads our files into its own modules; its forward pass is that of our merged weights. (Its merge is no
-witness: it scales LoHa and LoKr twice.)
-"""
+"""LyCORIS loads our files into its own modules; its forward pass is that of our merged weights.
+(Its merge is no witness: it scales LoHa and LoKr twice.)"""
 
 from __future__ import annotations
 
@@ -28,7 +27,12 @@ BEYOND_ITS_GUESS = ("lycoris_dora_in", "lycoris_lokr_tucker")
 
 def again(name: str, tmp_path: Path) -> Path:
     """The golden by way of ComfyUI's names, so that every key was taken apart and built again."""
-    convert(GOLDEN / f"{name}.safetensors", tmp_path / "comfy.safetensors", to="comfy", architecture="sd1")
+    convert(
+        GOLDEN / f"{name}.safetensors",
+        tmp_path / "comfy.safetensors",
+        to="comfy",
+        architecture="sd1",
+    )
     file = tmp_path / "lycoris.safetensors"
     convert(tmp_path / "comfy.safetensors", file, to="lycoris", architecture="sd1")
     return file
@@ -49,7 +53,9 @@ def fresh() -> Callable[[], nn.Module]:
 
 
 @pytest.mark.parametrize("name", UNET_ONLY)
-def test_load_weights_into_its_own_network(name: str, untouched, plain_output, tmp_path: Path) -> None:
+def test_load_weights_into_its_own_network(
+    name: str, untouched, plain_output, tmp_path: Path
+) -> None:
     modules = load_adapter(GOLDEN / f"{name}.safetensors", architecture="sd1").of(COMPONENT)
     pipeline = bases.tiny_sd_pipeline()
     network = golden_lycoris._network(RECIPES[name], pipeline, again(name, tmp_path))
@@ -93,8 +99,8 @@ def _fresh_modules(unet: nn.Module, random: torch.Generator) -> dict[str, dict[s
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=random)
 
-    linear, conv = (unet.get_submodule(path).weight for path in (LINEAR, CONV))
-    (o, i), (co, ci, *k) = linear.shape, conv.shape  # pyright: ignore[reportCallIssue]
+    linear, conv = (models.weight_of(unet, path) for path in (LINEAR, CONV))
+    (o, i), (co, ci, *k) = linear.shape, conv.shape
     loha = LoHa(normal(o, 3), normal(3, i), normal(o, 3) * 0.1, normal(3, i), scale=0.4)
     lokr = LoKr(w1=normal(8, 16), w2_a=normal(8, 2), w2_b=normal(2, 16) * 0.1, scale=1.5)
     whole = LoKr(w1=normal(8, 16) * 0.1, w2=normal(8, 16), scale=0.6)
@@ -128,7 +134,8 @@ def test_fresh_modules(kind: str, fresh, untouched, plain_output, random, tmp_pa
 
 
 def test_text_encoder_in_todays_names(untouched, plain_output, tmp_path: Path) -> None:
-    """A LyCORIS file that wraps the text encoder, whose names have lost `text_model`: read, and written as Kohya's."""
+    """A LyCORIS file that wraps the text encoder, whose names have lost `text_model`: read, and
+    written as Kohya's."""
     name, part = "lycoris_lora_text_encoder", "text_encoder"
     modules = load_adapter(GOLDEN / f"{name}.safetensors", architecture="sd1").of(part)
     pipeline = bases.tiny_sd_pipeline()
@@ -145,8 +152,8 @@ def test_text_encoder_in_todays_names(untouched, plain_output, tmp_path: Path) -
 def test_kohya_network(untouched, plain_output, tmp_path: Path) -> None:
     """lycoris.kohya reads our Kohya file.
 
-    Its own names for a text encoder have lost `text_model` with transformers 5.6, so that it finds no text encoder in
-    any older file, nor in ours. Right: both spellings.
+    Its own names for a text encoder have lost `text_model` with transformers 5.6, so that it finds
+    no text encoder in any older file, nor in ours. Right: both spellings.
     """
     name = "lycoris_kohya_rslora"
     adapter = load_adapter(GOLDEN / f"{name}.safetensors", architecture="sd1")
@@ -161,7 +168,7 @@ def test_kohya_network(untouched, plain_output, tmp_path: Path) -> None:
     assert torch.equal(models.run(pipeline.text_encoder), plain_output(BASE, "text_encoder"))
 
 
-# what LyCORIS 4.1.3 cannot rebuild from tensors alone -------------------------------------------------------------
+# what LyCORIS 4.1.3 cannot rebuild from tensors alone ---------------------------------------------
 
 
 @pytest.mark.parametrize(

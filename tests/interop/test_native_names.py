@@ -1,4 +1,4 @@
-"""Our ComfyUI files through an independent reader, on native weights made by independent formulas."""
+"""Our ComfyUI files through an independent reader, on native weights by independent formulas."""
 
 from __future__ import annotations
 
@@ -31,10 +31,16 @@ def native(component: str, model: nn.Module) -> dict[str, Tensor]:
     state = model.state_dict()
     if component == "transformer":
         return native_reader.flux_native(state, double=2, single=2)
-    return native_reader.unet_native(state) if component == "unet" else native_reader.clip_native(state)
+    return (
+        native_reader.unet_native(state)
+        if component == "unet"
+        else native_reader.clip_native(state)
+    )
 
 
-def by_the_tables(family: Family, component: str, model: nn.Module, values: Mapping[str, Tensor], name: str) -> Tensor:
+def by_the_tables(
+    family: Family, component: str, model: nn.Module, values: Mapping[str, Tensor], name: str
+) -> Tensor:
     """A native tensor put together from home weights as the architecture table says."""
     table = architectures.get(family.architecture).components[component]
     site = table.tensor(COLUMN.get(component, "hf"), name)
@@ -47,7 +53,7 @@ def by_the_tables(family: Family, component: str, model: nn.Module, values: Mapp
 
 
 def check(family: Family, adapter: Adapter, file: Path, built: Mapping[str, nn.Module]) -> None:
-    """Every changed native tensor agrees, and no other of our merged weights differs from the base."""
+    """Every changed native tensor agrees, and no other of our merged weights is changed."""
     tensors = load_file(file)
     assert all(key.startswith(tuple(PREFIX[c] for c in adapter.components)) for key in tensors)
     for component in adapter.components:
@@ -67,7 +73,8 @@ def check(family: Family, adapter: Adapter, file: Path, built: Mapping[str, nn.M
 @pytest.mark.parametrize("layout", ["comfy", "onetrainer-comfy", "ai-toolkit"])
 @pytest.mark.parametrize("family", [SD, SDXL, FLUX], ids=lambda family: family.architecture)
 def test_loras(family: Family, layout: str, untouched, random, tmp_path: Path) -> None:
-    """Unequal ranks and alphas everywhere, across the fused layers; ai-toolkit has no alpha, so it is folded."""
+    """Unequal ranks and alphas everywhere, across the fused layers; ai-toolkit has no alpha, so it
+    is folded."""
     built = untouched(family.base)
     parts = random_parts(family, built, random)
     adapter = models.adapter_of(family.architecture, parts)
@@ -90,24 +97,28 @@ def test_other_algorithms_on_flux(untouched, random, tmp_path: Path) -> None:
         return torch.randn(*shape, generator=random) * 0.3
 
     def dora(path: str) -> WeightAdapter:
-        weight = model.get_submodule(path).weight
+        weight = models.weight_of(model, path)
         magnitude = normal(weight.shape[0]).abs() + 0.5
         return models.lora_for(weight, 2, 0.5, random).with_tensors(
             magnitude=magnitude, magnitude_axis="out"
         )
 
     block, single = "transformer_blocks.1", "single_transformer_blocks.0"
-    (o, i) = model.get_submodule(f"{block}.ff.net.2").weight.shape
+    o, i = models.weight_of(model, f"{block}.ff.net.2").shape
     modules: dict[str, WeightAdapter] = {
         **{path: dora(path) for path in (f"{block}.attn.{n}" for n in ("to_q", "to_k", "to_v"))},
-        f"{block}.ff.net.2": LoHa(normal(o, 3), normal(3, i), normal(o, 3), normal(3, i), scale=2.0),
-        f"{single}.proj_out": LoKr(w1=normal(4, 8), w2_a=normal(8, 2), w2_b=normal(2, 20), scale=1.5),
+        f"{block}.ff.net.2": LoHa(
+            normal(o, 3), normal(3, i), normal(o, 3), normal(3, i), scale=2.0
+        ),
+        f"{single}.proj_out": LoKr(
+            w1=normal(4, 8), w2_a=normal(8, 2), w2_b=normal(2, 20), scale=1.5
+        ),
         f"{block}.attn.to_out.0": Full(diff=normal(32, 32), bias=normal(32)),
         "norm_out.linear": Full(diff=normal(64, 32), bias=normal(64)),
         f"{block}.attn.norm_q": Replace(weight=normal(16)),
         f"{single}.attn.norm_k": Replace(weight=normal(16)),
         f"{single}.attn.norm_q": Full(diff=normal(16)),
-        "x_embedder": models.lora_for(model.get_submodule("x_embedder").weight, 2, 3.0, random),
+        "x_embedder": models.lora_for(models.weight_of(model, "x_embedder"), 2, 3.0, random),
     }
     adapter = models.adapter_of("flux", {"transformer": modules})
     check(FLUX, adapter, written(adapter, "comfy", tmp_path), untouched(FLUX.base))

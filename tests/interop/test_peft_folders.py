@@ -1,4 +1,5 @@
-"""PEFT reads the folders we write, and we read the folders PEFT writes: same outputs, no key too many or too few."""
+"""PEFT reads the folders we write, and we read the folders PEFT writes: same outputs, no key too
+many or too few."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ WITHIN = 1e-5
 
 
 def attached(base: nn.Module, folder: Path) -> PeftModel:
-    """The folder on the base through PEFT's own loader, which must miss nothing and leave nothing over."""
+    """The folder on the base through PEFT's own loader, which must miss nothing and leave nothing
+    over."""
     model = PeftModel.from_pretrained(base, str(folder)).float().eval()  # pyright: ignore[reportArgumentType]
     result = set_peft_model_state_dict(model, load_peft_weights(str(folder)))
     assert not result.unexpected_keys
@@ -32,7 +34,7 @@ def attached(base: nn.Module, folder: Path) -> PeftModel:
     return model
 
 
-# what PEFT wrote -----------------------------------------------------------------------------------------------------
+# what PEFT wrote ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,8 @@ CASES = {case.name: case for case in _cases()}
 
 
 def written_by_peft(case: Case, base: nn.Module, folder: Path) -> None:
-    """A random adapter of that config on the base, saved by PEFT; every tensor is a few times its usual size."""
+    """A random adapter of that config on the base, saved by PEFT; every tensor is a few times its
+    usual size."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         model = peft.get_peft_model(base, case.config)  # pyright: ignore[reportArgumentType]
@@ -173,7 +176,8 @@ def agreement(
     architecture: str | None,
     tmp_path: Path,
 ) -> dict[str, float]:
-    """Errors, relative to what the adapter changes, of our merged weights and of the folder we write."""
+    """Errors, relative to what the adapter changes, of our merged weights and of the folder we
+    write."""
     adapter = load_adapter(source, architecture=architecture)
     expected = models.run(attached(fresh(), source))
     ours = tmp_path / "ours"

@@ -16,7 +16,7 @@ from tests.interop import models
 from tests.interop.test_peft_folders import CASES, GOLDEN, INDEX, WITHIN, attached, written_by_peft
 
 FAMILY = {"tiny_sd_pipeline": "sd1", "tiny_sdxl_pipeline": "sdxl", "tiny_flux_pipeline": "flux"}
-# text_encoder is written with the `text_model` level, which PEFT alone cannot drop (see the last test)
+# text encoders: written with the `text_model` level, which PEFT cannot drop (see the last test)
 FROM_OTHERS = {
     "diffusers_sd_lora": "unet",
     "diffusers_sd_dora": "unet",
@@ -32,7 +32,14 @@ FROM_OTHERS = {
 }
 
 
-def check(folder: Path, base: str, component: str, modules: models.Modules, plain: Tensor, untouched: nn.Module) -> None:
+def check(
+    folder: Path,
+    base: str,
+    component: str,
+    modules: models.Modules,
+    plain: Tensor,
+    untouched: nn.Module,
+) -> None:
     """PEFT's output with the folder is ours with the merged weights."""
     model = attached(models.base_parts(base)[component], folder)
     expected = models.run_merged(untouched, modules)
@@ -64,18 +71,24 @@ def test_golden(name: str, component: str, untouched, plain_output, tmp_path: Pa
 def test_lokr_blocks_that_no_decompose_factor_gives(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="decompose_factor"):
         convert(
-            GOLDEN / "lycoris_lokr_full.safetensors", tmp_path / "ours", to="peft", architecture="sd1"
+            GOLDEN / "lycoris_lokr_full.safetensors",
+            tmp_path / "ours",
+            to="peft",
+            architecture="sd1",
         )
 
 
 @pytest.mark.parametrize("rank", [2, 6])
-def test_names_that_end_other_names(rank: int, untouched, plain_output, random, tmp_path: Path) -> None:
-    """FLUX has a top-level proj_out and one in every single block: each keeps its own rank and scale."""
+def test_names_that_end_other_names(
+    rank: int, untouched, plain_output, random, tmp_path: Path
+) -> None:
+    """FLUX has a top-level proj_out and one in every single block: each keeps its own rank and
+    scale."""
     base, component = "tiny_flux_pipeline", "transformer"
     model = untouched(base)[component]
     found = models.layers(model, "proj_out", "single_transformer_blocks.1.proj_out", "*.attn.to_k")
     modules = models.random_loras(found, random, ranks=(3,), alphas=(5, 2))
-    modules["proj_out"] = models.lora_for(model.proj_out.weight, rank, 1.75, random)
+    modules["proj_out"] = models.lora_for(models.weight_of(model, "proj_out"), rank, 1.75, random)
     save_adapter(models.adapter_of("flux", {component: modules}), tmp_path / "ours", layout="peft")
     check(tmp_path / "ours", base, component, modules, plain_output(base, component), model)
     read = load_adapter(tmp_path / "ours", architecture="flux").of(component)
@@ -85,7 +98,9 @@ def test_names_that_end_other_names(rank: int, untouched, plain_output, random, 
 
 
 @pytest.mark.parametrize("fold", [False, True])
-def test_alpha_folded_or_in_the_config(fold: bool, untouched, plain_output, random, tmp_path: Path) -> None:
+def test_alpha_folded_or_in_the_config(
+    fold: bool, untouched, plain_output, random, tmp_path: Path
+) -> None:
     base = "tiny_llama"
     model = untouched(base)["model"]
     modules = models.random_loras(models.layers(model, "*_proj"), random)
@@ -93,7 +108,9 @@ def test_alpha_folded_or_in_the_config(fold: bool, untouched, plain_output, rand
     save_adapter(adapter, tmp_path / "ours", layout="peft", fold_alpha=fold)
     check(tmp_path / "ours", base, "model", modules, plain_output(base), model)
     config = json.loads((tmp_path / "ours" / "adapter_config.json").read_text(encoding="utf-8"))
-    assert (config["lora_alpha"] == config["r"] and config["alpha_pattern"] == config["rank_pattern"]) == fold
+    assert (
+        config["lora_alpha"] == config["r"] and config["alpha_pattern"] == config["rank_pattern"]
+    ) == fold
 
 
 def test_what_was_dropped_is_not_built_again(untouched, plain_output, tmp_path: Path) -> None:
@@ -109,29 +126,41 @@ def test_what_was_dropped_is_not_built_again(untouched, plain_output, tmp_path: 
     assert models.distance(models.run(model), expected, plain_output(case.base)) < WITHIN
 
 
-def test_text_encoder_with_its_text_model_level(untouched, plain_output, random, tmp_path: Path) -> None:
-    """CLIPTextModelWithProjection still has the level, and a top-level text_projection makes the targets a pattern."""
+def test_text_encoder_with_its_text_model_level(
+    untouched, plain_output, random, tmp_path: Path
+) -> None:
+    """CLIPTextModelWithProjection still has the level, and a top-level text_projection makes the
+    targets a pattern."""
     base, component = "tiny_sdxl_pipeline", "text_encoder_2"
     model = untouched(base)[component]
-    modules = models.random_loras(models.layers(model, "*_proj", "*.fc1", "text_projection"), random)
+    modules = models.random_loras(
+        models.layers(model, "*_proj", "*.fc1", "text_projection"), random
+    )
     save_adapter(models.adapter_of("sdxl", {component: modules}), tmp_path / "ours", layout="peft")
     check(tmp_path / "ours", base, component, modules, plain_output(base, component), model)
 
 
-def test_text_encoder_without_its_text_model_level(untouched, plain_output, random, tmp_path: Path) -> None:
-    """transformers >= 5.6 dropped `text_model` in CLIPTextModel; its load_adapter reads our names all the same.
+def test_text_encoder_without_its_text_model_level(
+    untouched, plain_output, random, tmp_path: Path
+) -> None:
+    """transformers >= 5.6 dropped `text_model` in CLIPTextModel; its load_adapter reads our names
+    all the same.
 
-    PeftModel matches the targets, does not find the tensors and stays at zero with a warning; right would be to rename
-    them as transformers does.
+    PeftModel matches the targets, does not find the tensors and stays at zero with a warning; right
+    would be to rename them as transformers does.
     """
     base, component = "tiny_sd_pipeline", "text_encoder"
     plain = plain_output(base, component)
-    modules = models.random_loras(models.layers(untouched(base)[component], "*_proj", "*.fc2"), random)
+    modules = models.random_loras(
+        models.layers(untouched(base)[component], "*_proj", "*.fc2"), random
+    )
     save_adapter(models.adapter_of("sd1", {component: modules}), tmp_path / "ours", layout="peft")
     model = models.base_parts(base)[component]
     model.load_adapter(str(tmp_path / "ours"))  # pyright: ignore[reportCallIssue]
     expected = models.run_merged(untouched(base)[component], modules)
     assert models.distance(models.run(model), expected, plain) < WITHIN
     with pytest.warns(UserWarning, match="missing adapter keys"):
-        silent = PeftModel.from_pretrained(models.base_parts(base)[component], str(tmp_path / "ours"))  # pyright: ignore[reportArgumentType]
+        silent = PeftModel.from_pretrained(
+            models.base_parts(base)[component], str(tmp_path / "ours")
+        )  # pyright: ignore[reportArgumentType]
     assert torch.equal(models.run(silent), plain)

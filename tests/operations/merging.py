@@ -1,7 +1,9 @@
-"""Bases on disk, single-file checkpoints in the names of the original releases, and dense oracles in fp64.
+"""Bases on disk, single-file checkpoints in the names of the original releases, and dense oracles
+in fp64.
 
-The names of the single files are written out here from the releases' own conventions; diffusers' conversion functions read
-them back in the tests, so that nothing of the package decides what is right.
+The names of the single files are written out here from the releases' own conventions; diffusers'
+conversion functions read them back in the tests, so that nothing of the package decides what is
+right.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ def saved(builder: str, dtype: torch.dtype = torch.float32, shard: str = "5GB") 
 
 
 def state(folder: Path) -> Tensors:
-    """Every tensor of a folder (of a pipeline: `component:name`) or file, read by the safetensors library."""
+    """Every tensor of a folder (of a pipeline: `component:name`) or file, read by the safetensors
+    library.
+    """
     if folder.is_file():
         return load_file(folder)
     found: Tensors = {}
@@ -68,11 +72,16 @@ def write(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> Path:
     return path
 
 
-# adapters in their own spelling ----------------------------------------------------------------------
+# adapters in their own spelling
+# ----------------------------------------------------------------------
 
 
-def kohya_lora(weights: Mapping[str, Tensor], *, seed: int, alpha: float = 2.0, rank: int = 3) -> tuple[Tensors, Tensors]:
-    """(file, deltas in fp64 by key of `weights`) of a Kohya LoRA; keys of `weights` are flattened module names."""
+def kohya_lora(
+    weights: Mapping[str, Tensor], *, seed: int, alpha: float = 2.0, rank: int = 3
+) -> tuple[Tensors, Tensors]:
+    """(file, deltas in fp64 by key of `weights`) of a Kohya LoRA; keys of `weights` are flattened
+    module names.
+    """
     normal = random(seed)
     file: Tensors = {}
     deltas: Tensors = {}
@@ -102,10 +111,12 @@ def dotted_lora(file: Mapping[str, Tensor], scale: float = 1.0) -> Tensors:
     return found
 
 
-# single files ------------------------------------------------------------------------------------------
+# single files
+# ------------------------------------------------------------------------------------------
 
 _RESNET = {
-    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
+    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
     "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
 }  # fmt: skip
 _TOP = {
@@ -130,7 +141,11 @@ def ldm_name(name: str, *, attention_in: Callable[[int], bool]) -> str:
             return f"input_blocks.{3 * (block + 1)}.0.{rest.replace('conv', 'op')}"
         if kind == "upsamplers":
             return f"output_blocks.{3 * block + 2}.{2 if attention_in(block) else 1}.{rest}"
-        place = f"input_blocks.{1 + 3 * block + index}" if side == "down" else f"output_blocks.{3 * block + index}"
+        place = (
+            f"input_blocks.{1 + 3 * block + index}"
+            if side == "down"
+            else f"output_blocks.{3 * block + index}"
+        )
         return f"{place}.{_inner(kind, rest)}"
     match = re.fullmatch(r"mid_block\.(\w+)\.(\d+)\.(.+)", name)
     assert match is not None, name
@@ -165,7 +180,9 @@ def plain_clip(name: str) -> str:
 
 
 def openclip(hf: Mapping[str, Tensor]) -> Tensors:
-    """A Hugging Face CLIP text model in OpenCLIP's names: in_proj fused, text_projection transposed."""
+    """A Hugging Face CLIP text model in OpenCLIP's names: in_proj fused, text_projection
+    transposed.
+    """
     found: Tensors = {}
     for name, tensor in hf.items():
         name = plain_clip(name)
@@ -219,9 +236,13 @@ def sdxl_from_single(file: Path) -> Tensors:
 
     tensors = load_file(file)
     unet = single.convert_ldm_unet_checkpoint(dict(tensors), bases.SDXL_UNET)
-    clip_l = single.convert_ldm_clip_checkpoint(dict(tensors), "conditioner.embedders.0.transformer.")
+    clip_l = single.convert_ldm_clip_checkpoint(
+        dict(tensors), "conditioner.embedders.0.transformer."
+    )
     model = CLIPTextModelWithProjection(CLIPTextConfig(**bases.CLIP_TEXT_2))
-    clip_g = single.convert_open_clip_checkpoint(model, dict(tensors), "conditioner.embedders.1.model.")
+    clip_g = single.convert_open_clip_checkpoint(
+        model, dict(tensors), "conditioner.embedders.1.model."
+    )
     found = {f"unet:{n}": t for n, t in unet.items()}
     found |= {f"text_encoder:{plain_clip(n)}": t for n, t in clip_l.items()}
     found |= {f"text_encoder_2:{plain_clip(n)}": t for n, t in clip_g.items()}
@@ -256,7 +277,9 @@ _FLUX_NORMS = {
     "attn.norm_added_k": "txt_attn.norm.key_norm",
 }
 _FLUX_FUSED = {
-    ("transformer_blocks", "double_blocks", "img_attn.qkv"): ("attn.to_q", "attn.to_k", "attn.to_v"),
+    ("transformer_blocks", "double_blocks", "img_attn.qkv"): (
+        "attn.to_q", "attn.to_k", "attn.to_v",
+    ),
     ("transformer_blocks", "double_blocks", "txt_attn.qkv"): (
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj",
     ),
@@ -306,18 +329,23 @@ def flux_single(dtype: torch.dtype = torch.float32) -> Path:
 
 
 def flux_from_single(file: Path) -> Tensors:
-    """Diffusers name -> tensor of a BFL file, by diffusers' own conversion function (its one width made ours)."""
+    """Diffusers name -> tensor of a BFL file, by diffusers' own conversion function (its one width
+    made ours).
+    """
     from diffusers.loaders import single_file_utils as single
 
     source = inspect.getsource(single.convert_flux_transformer_checkpoint_to_diffusers)
-    width = bases.FLUX_TRANSFORMER["attention_head_dim"] * bases.FLUX_TRANSFORMER["num_attention_heads"]
+    width = (
+        bases.FLUX_TRANSFORMER["attention_head_dim"] * bases.FLUX_TRANSFORMER["num_attention_heads"]
+    )
     assert source.count("inner_dim = 3072") == 1
     scope = dict(vars(single))
     exec(source.replace("inner_dim = 3072", f"inner_dim = {width}"), scope)
     return scope["convert_flux_transformer_checkpoint_to_diffusers"](load_file(file))
 
 
-# comparing --------------------------------------------------------------------------------------------------
+# comparing
+# --------------------------------------------------------------------------------------------------
 
 
 def check(
@@ -327,7 +355,9 @@ def check(
     *,
     tolerance: float = 1e-6,
 ) -> None:
-    """`after` is `before` plus `deltas` (fp64, by tensor name) to `tolerance` of each weight, and equal elsewhere."""
+    """`after` is `before` plus `deltas` (fp64, by tensor name) to `tolerance` of each weight, and
+    equal elsewhere.
+    """
     assert before.keys() == after.keys()
     missing = deltas.keys() - before.keys()
     assert not missing, sorted(missing)[:3]
@@ -344,7 +374,8 @@ def check(
 def off_rounding(result: Tensor, exact: Tensor) -> tuple[int, int]:
     """(elements that are not fp64 `exact` rounded to nearest, those of them that are no near ties).
 
-    A near tie lies within the error of an fp32 sum from the midpoint of two neighbours of the result's dtype.
+    A near tie lies within the error of an fp32 sum from the midpoint of two neighbours of the
+    result's dtype.
     """
     nearest = exact.to(result.dtype)
     wrong = (result != nearest).nonzero(as_tuple=True)

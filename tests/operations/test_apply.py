@@ -35,13 +35,17 @@ def modules(seed: int) -> dict[str, WeightAdapter]:
     }
 
 
-def target_of(folder: Path, weight: Tensor, edits: list[Edit], shape: tuple[int, ...] | None = None) -> Target:
+def target_of(
+    folder: Path, weight: Tensor, edits: list[Edit], shape: tuple[int, ...] | None = None
+) -> Target:
     path = folder / f"{len(list(folder.iterdir()))}.safetensors"
     save_file({"w": weight.contiguous()}, path)
     return Target("w", open_checkpoint(path)["w"], shape or tuple(weight.shape), edits)
 
 
-def edit(module: WeightAdapter, t: float, start: int = 0, stop: int = SHAPE[0], offset: int = 0) -> Edit:
+def edit(
+    module: WeightAdapter, t: float, start: int = 0, stop: int = SHAPE[0], offset: int = 0
+) -> Edit:
     return Edit(0, "m", module, t, start, stop, offset, module.shape[0])
 
 
@@ -97,7 +101,9 @@ def test_slices_and_turned_rows_of_a_module(
 
 def test_swapped_rows_of_a_map_that_needs_them_all(tmp_path: Path) -> None:
     module, whole = modules(4)["dora-in"], random(5)(*SHAPE)
-    target = target_of(tmp_path, torch.cat([whole[18:], whole[:18]]), [edit(module, 0.6, offset=18)])
+    target = target_of(
+        tmp_path, torch.cat([whole[18:], whole[:18]]), [edit(module, 0.6, offset=18)]
+    )
     assert needs_whole(target)
     result, _ = rendered(target, Settings())
     full = module.merged(whole, None, 0.6)[0]
@@ -132,7 +138,9 @@ def test_the_same_seed_does_not_depend_on_what_else_is_merged(tmp_path: Path) ->
     one, _ = rendered(target_of(tmp_path, weight, [edit(module, 1e-3)]), settings)
     two, _ = rendered(target_of(tmp_path, weight, [edit(module, 1e-3)]), settings)
     assert torch.equal(one, two)
-    assert not torch.equal(one, rendered(target_of(tmp_path, weight, [edit(module, 1e-3)]), Settings())[0])
+    assert not torch.equal(
+        one, rendered(target_of(tmp_path, weight, [edit(module, 1e-3)]), Settings())[0]
+    )
 
 
 def test_an_error_in_the_pipeline_reaches_the_reader(tmp_path: Path) -> None:

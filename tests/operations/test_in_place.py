@@ -16,6 +16,7 @@ import torch
 import peftsurgery as ps
 from peftsurgery.checkpoint import open_checkpoint
 from peftsurgery.errors import CheckFailed, UnsupportedError, UsageError
+from peftsurgery.operations import apply
 from peftsurgery.operations import in_place as in_place_module
 from peftsurgery.operations.journal import SUFFIX, journal_path, pending
 from peftsurgery.operations.merge_report import MergeReport
@@ -84,7 +85,12 @@ def test_with_undo_the_same_command_again_changes_nothing(finished: Path, tmp_pa
     assert contents(tmp_path / "case") == before
 
 
-def test_a_single_file_and_a_float32_base(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tile", [1 << 20, 100])
+def test_a_single_file_and_a_float32_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tile: int
+) -> None:
+    """With small tiles a tensor is overwritten in many pieces."""
+    monkeypatch.setattr(apply, "TILE", tile)
     write_folder(tmp_path / "folder", 3, torch.float32, shard_size=None)
     write_adapter(tmp_path / "adapter", 4)
     base = tmp_path / "b.safetensors"

@@ -1,8 +1,10 @@
-"""Equality with diffusers: load_lora_weights + fuse_lora on tiny pipelines, and the outputs of the merged folders."""
+"""Equality with diffusers: load_lora_weights + fuse_lora on tiny pipelines, and the outputs of the
+merged folders.
+"""
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,9 @@ import peftsurgery as ps
 from tests.interop.models import inputs
 from tests.operations.merging import GOLDEN, plain_clip, saved
 
-CASES = [  # the Kohya file: diffusers 0.42 loses its text encoder keys with transformers 5, so only the UNet is compared
+# Of the Kohya file only the UNet is compared: diffusers 0.42 loses its text encoder keys with
+# transformers 5.
+CASES = [
     ("tiny_sd_pipeline", "diffusers_sd_lora", 1.0),
     ("tiny_sd_pipeline", "diffusers_sd_lora_as_kohya", 0.8),
     ("tiny_sd_pipeline", "diffusers_sd_dora", 1.0),
@@ -22,7 +26,7 @@ CASES = [  # the Kohya file: diffusers 0.42 loses its text encoder keys with tra
 ]
 
 
-@lru_cache(maxsize=None)
+@cache
 def plain_weights(builder: str) -> dict[str, torch.Tensor]:
     return weights(DiffusionPipeline.from_pretrained(saved(builder)))
 

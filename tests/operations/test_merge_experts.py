@@ -36,13 +36,19 @@ COMMON = {
 
 
 def mixtral(intermediate: int = 48) -> nn.Module:
-    return MixtralForCausalLM(MixtralConfig(**COMMON, intermediate_size=intermediate, num_local_experts=4))
+    return MixtralForCausalLM(
+        MixtralConfig(**COMMON, intermediate_size=intermediate, num_local_experts=4)
+    )
 
 
 def qwen() -> nn.Module:
     return Qwen2MoeForCausalLM(
         Qwen2MoeConfig(
-            **COMMON, intermediate_size=40, moe_intermediate_size=24, shared_expert_intermediate_size=40, num_experts=3
+            **COMMON,
+            intermediate_size=40,
+            moe_intermediate_size=24,
+            shared_expert_intermediate_size=40,
+            num_experts=3,
         )
     )
 
@@ -67,7 +73,9 @@ def logits(model: nn.Module) -> Tensor:
 
 def attached(base: Path, folder: Path, *, seed: int = 2, **settings: object) -> nn.Module:
     """A PEFT model with random factors everywhere, saved to `folder`."""
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(lora_alpha=5, **settings))
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), LoraConfig(lora_alpha=5, **settings)
+    )
     normal = random(seed)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -80,11 +88,18 @@ BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
 @pytest.mark.parametrize("make", [mixtral, qwen, gpt_oss])
-@pytest.mark.parametrize("settings", [{"r": 3}, {"r": 2, "use_rslora": True}, {"r": 2, "alpha_pattern": {"experts.down_proj": 9}}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"r": 3}, {"r": 2, "use_rslora": True}, {"r": 2, "alpha_pattern": {"experts.down_proj": 9}}],
+)
 def test_target_parameters(tmp_path: Path, make: Callable[..., nn.Module], settings: dict) -> None:
     built(make).save_pretrained(tmp_path / "base")
     model = attached(
-        tmp_path / "base", tmp_path / "a", target_modules=["q_proj"], target_parameters=BOTH, **settings
+        tmp_path / "base",
+        tmp_path / "a",
+        target_modules=["q_proj"],
+        target_parameters=BOTH,
+        **settings,
     )
     expected = logits(model)
     plain = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
@@ -101,12 +116,19 @@ def test_target_parameters(tmp_path: Path, make: Callable[..., nn.Module], setti
 def test_one_parameter_alone_and_the_router(tmp_path: Path, target: str) -> None:
     built(mixtral).save_pretrained(tmp_path / "base")
     model = attached(
-        tmp_path / "base", tmp_path / "a", r=2, target_modules=[], target_parameters=[target, "mlp.gate.weight"]
+        tmp_path / "base",
+        tmp_path / "a",
+        r=2,
+        target_modules=[],
+        target_parameters=[target, "mlp.gate.weight"],
     )
     expected = logits(model)
     ps.merge(tmp_path / "base", [(tmp_path / "a", 1.0)], tmp_path / "out", verify="full")
     torch.testing.assert_close(
-        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), expected, rtol=1e-4, atol=2e-5
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")),
+        expected,
+        rtol=1e-4,
+        atol=2e-5,
     )
 
 
@@ -115,11 +137,16 @@ def test_square_experts_are_decided_by_the_config(
     tmp_path: Path, make: Callable[..., nn.Module], intermediate: int
 ) -> None:
     built(make, intermediate).save_pretrained(tmp_path / "base")
-    model = attached(tmp_path / "base", tmp_path / "a", r=2, target_modules=[], target_parameters=BOTH)
+    model = attached(
+        tmp_path / "base", tmp_path / "a", r=2, target_modules=[], target_parameters=BOTH
+    )
     expected = logits(model)
     ps.merge(tmp_path / "base", [(tmp_path / "a", 1.0)], tmp_path / "out", verify="full")
     torch.testing.assert_close(
-        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), expected, rtol=1e-4, atol=2e-5
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")),
+        expected,
+        rtol=1e-4,
+        atol=2e-5,
     )
 
 
@@ -127,7 +154,9 @@ def test_square_experts_of_an_unknown_model_are_refused(tmp_path: Path) -> None:
     built(gpt_oss, 32).save_pretrained(tmp_path / "base")
     attached(tmp_path / "base", tmp_path / "a", r=2, target_modules=[], target_parameters=BOTH[1:])
     config = tmp_path / "base" / "config.json"
-    config.write_text(config.read_text().replace('"model_type": "gpt_oss"', '"model_type": "somebody_elses"'))
+    config.write_text(
+        config.read_text().replace('"model_type": "gpt_oss"', '"model_type": "somebody_elses"')
+    )
     with pytest.raises(UnsupportedError, match="square"):
         ps.merge(tmp_path / "base", [(tmp_path / "a", 1.0)], tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -137,30 +166,45 @@ def stacked(folder: Path, target: Path) -> Path:
     """The same mixture with its experts stacked, as transformers holds them in memory."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     target.mkdir()
-    save_file({n: t.contiguous().clone() for n, t in model.state_dict().items()}, target / "model.safetensors")
+    save_file(
+        {n: t.contiguous().clone() for n, t in model.state_dict().items()},
+        target / "model.safetensors",
+    )
     (target / "config.json").write_bytes((folder / "config.json").read_bytes())
     return target
 
 
 @pytest.mark.parametrize("make", [mixtral, qwen])
-def test_the_same_adapter_into_stacked_experts(tmp_path: Path, make: Callable[..., nn.Module]) -> None:
+def test_the_same_adapter_into_stacked_experts(
+    tmp_path: Path, make: Callable[..., nn.Module]
+) -> None:
     built(make).save_pretrained(tmp_path / "base")
-    model = attached(tmp_path / "base", tmp_path / "a", r=2, target_modules=[], target_parameters=BOTH)
+    model = attached(
+        tmp_path / "base", tmp_path / "a", r=2, target_modules=[], target_parameters=BOTH
+    )
     base = stacked(tmp_path / "base", tmp_path / "stacked")
     ps.merge(base, [(tmp_path / "a", 0.5)], tmp_path / "out", verify="full")
-    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    before, after = (
+        load_file(base / "model.safetensors"),
+        load_file(tmp_path / "out" / "model.safetensors"),
+    )
     merged = model.merge_and_unload().state_dict()
     for name, weight in after.items():
         expected = before[name] + 0.5 * (merged[name] - before[name])
         torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-6)
-    assert not torch.equal(after["model.layers.0.mlp.experts.down_proj"], before["model.layers.0.mlp.experts.down_proj"])
+    assert not torch.equal(
+        after["model.layers.0.mlp.experts.down_proj"],
+        before["model.layers.0.mlp.experts.down_proj"],
+    )
 
 
 @pytest.mark.parametrize("names", ["block_sparse_moe", "mlp"])
 def test_adapters_of_single_experts_into_stacked_ones(tmp_path: Path, names: str) -> None:
     built(mixtral).save_pretrained(tmp_path / "base")
     base = stacked(tmp_path / "base", tmp_path / "stacked")
-    leaves = ("w1", "w3", "w2") if names == "block_sparse_moe" else ("gate_proj", "up_proj", "down_proj")
+    leaves = (
+        ("w1", "w3", "w2") if names == "block_sparse_moe" else ("gate_proj", "up_proj", "down_proj")
+    )
     normal = random(7)
     file, deltas = {}, {}
     before = load_file(base / "model.safetensors")
@@ -173,11 +217,15 @@ def test_adapters_of_single_experts_into_stacked_ones(tmp_path: Path, names: str
                 file |= {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}
                 stored = "down_proj" if row == 2 else "gate_up_proj"
                 name = f"model.layers.{layer}.mlp.experts.{stored}"
-                whole = deltas.setdefault(name, torch.zeros(before[name].shape, dtype=torch.float64))
+                whole = deltas.setdefault(
+                    name, torch.zeros(before[name].shape, dtype=torch.float64)
+                )
                 start = 48 if row == 1 else 0
                 whole[expert, start : start + shape[0]] += up.double() @ down.double()
     write(tmp_path / "a" / "adapter_model.safetensors", file)
-    (tmp_path / "a" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+    (tmp_path / "a" / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "r": 2, "lora_alpha": 2}'
+    )
     ps.merge(base, [(tmp_path / "a", 1.0)], tmp_path / "out", verify="full")
     after = load_file(tmp_path / "out" / "model.safetensors")
     for name, weight in before.items():
@@ -196,3 +244,17 @@ def test_records_that_fit_no_parameter_are_named(tmp_path: Path) -> None:
     attached(tmp_path / "base", tmp_path / "a", r=2, target_modules=[], target_parameters=BOTH)
     with pytest.raises(CheckFailed, match="fits none of the stacked parameters"):
         ps.merge(tmp_path / "other", [(tmp_path / "a", 1.0)], tmp_path / "out")
+
+
+def test_single_experts_of_a_square_stack_need_a_known_model(tmp_path: Path) -> None:
+    built(gpt_oss, 32).save_pretrained(tmp_path / "base")
+    key = "base_model.model.model.layers.0.mlp.experts.1.down_proj"
+    normal = random(3)
+    file = {f"{key}.lora_A.weight": normal(2, 32), f"{key}.lora_B.weight": normal(32, 2)}
+    write(tmp_path / "a" / "adapter_model.safetensors", file)
+    (tmp_path / "a" / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "r": 2, "lora_alpha": 2}'
+    )
+    with pytest.raises(UnsupportedError, match=r"square \(32 x 32\).*'gpt_oss'"):
+        ps.merge(tmp_path / "base", [(tmp_path / "a", 1.0)], tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,4 +1,6 @@
-"""Files: what is copied, rewritten and left out; names, links, determinism; dry runs; refusals that write nothing."""
+"""Files: what is copied, rewritten and left out; names, links, determinism; dry runs; refusals that
+write nothing.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +37,13 @@ def model(tmp_path: Path) -> Path:
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "README.md").write_text("# model")
     (folder / "pytorch_model.bin").write_bytes(b"old")
-    (folder / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "pytorch_model.bin"}}')
+    (folder / "pytorch_model.bin.index.json").write_text(
+        '{"weight_map": {"a": "pytorch_model.bin"}}'
+    )
     (folder / "model.gguf").write_bytes(b"GGUF")
-    (folder / "consolidated.safetensors").write_bytes((saved("tiny_llama") / "model.safetensors").read_bytes())
+    (folder / "consolidated.safetensors").write_bytes(
+        (saved("tiny_llama") / "model.safetensors").read_bytes()
+    )
     (folder / ".cache").mkdir()
     (folder / ".cache" / "x").write_text("x")
     (folder / "assets").mkdir()
@@ -47,7 +53,13 @@ def model(tmp_path: Path) -> Path:
 
 def test_side_files_are_copied_and_stale_weights_are_not(tmp_path: Path, model: Path) -> None:
     ps.merge(model, [(LORA, 1.0)], tmp_path / "out")
-    left = {"pytorch_model.bin", "pytorch_model.bin.index.json", "model.gguf", "consolidated.safetensors", ".cache/x"}
+    left = {
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+        "model.gguf",
+        "consolidated.safetensors",
+        ".cache/x",
+    }
     assert names(tmp_path / "out") == names(model) - left
     changed = {"model.safetensors.index.json"}
     for name in names(tmp_path / "out"):
@@ -91,7 +103,9 @@ def test_two_runs_are_byte_identical(tmp_path: Path, model: Path) -> None:
         ps.merge(model, [(LORA, 0.7), (GOLDEN / "peft_llama_dora", 0.4)], tmp_path / out)
     assert names(tmp_path / "one") == names(tmp_path / "two")
     for name in names(tmp_path / "one"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), (
+            name
+        )
 
 
 def test_a_hub_cache_of_links_as_base(tmp_path: Path) -> None:
@@ -109,7 +123,9 @@ def test_a_hub_cache_of_links_as_base(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
         tmp_path / "plain" / "model.safetensors"
     ).read_bytes()
-    assert (blobs / f"{0:040x}").read_bytes() == sorted(saved("tiny_llama").iterdir())[0].read_bytes()
+    assert (blobs / f"{0:040x}").read_bytes() == sorted(saved("tiny_llama").iterdir())[
+        0
+    ].read_bytes()
 
 
 def test_pipeline_folders_are_copied_whole(tmp_path: Path) -> None:
@@ -131,7 +147,9 @@ def test_strength_zero_leaves_the_bytes_as_they_are(tmp_path: Path) -> None:
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
     ps.merge(base, [(GOLDEN / "peft_llama_dora", 0.0), (LORA, 1.0)], tmp_path / "mixed")
     ps.merge(base, [(LORA, 1.0)], tmp_path / "alone")
-    assert all(torch.equal(t, state(tmp_path / "alone")[n]) for n, t in state(tmp_path / "mixed").items())
+    assert all(
+        torch.equal(t, state(tmp_path / "alone")[n]) for n, t in state(tmp_path / "mixed").items()
+    )
 
 
 def test_negative_strength_takes_away(tmp_path: Path) -> None:
@@ -151,7 +169,8 @@ def test_metadata_says_what_was_merged(tmp_path: Path) -> None:
     assert metadata["peftsurgery.adapters"] == "peft_llama_lora=0.7"
 
 
-# dry runs and refusals --------------------------------------------------------------------------------------
+# dry runs and refusals
+# --------------------------------------------------------------------------------------
 
 
 def test_a_dry_run_reads_headers_only_and_prints_the_plan(
@@ -178,7 +197,16 @@ def test_a_dry_run_reads_headers_only_and_prints_the_plan(
 
 def test_the_command_prints_order_and_sizes(tmp_path: Path) -> None:
     base, out = saved("tiny_llama"), tmp_path / "out"
-    arguments = ["merge", str(base), "-a", f"{LORA}=0.5", "-a", str(GOLDEN / "peft_llama_dora"), "-o", str(out)]
+    arguments = [
+        "merge",
+        str(base),
+        "-a",
+        f"{LORA}=0.5",
+        "-a",
+        str(GOLDEN / "peft_llama_dora"),
+        "-o",
+        str(out),
+    ]
     result = CliRunner().invoke(main, [*arguments, "--dry-run", "--json"])
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
@@ -189,14 +217,20 @@ def test_the_command_prints_order_and_sizes(tmp_path: Path) -> None:
     again = CliRunner().invoke(main, arguments)
     assert again.exit_code == 2
     assert "--overwrite" in again.output
-    tied = CliRunner().invoke(main, [*arguments, "--overwrite", "--tied", "untie", "--residual-base"])
+    tied = CliRunner().invoke(
+        main, [*arguments, "--overwrite", "--tied", "untie", "--residual-base"]
+    )
     assert tied.exit_code == 0, tied.output
 
 
 def test_a_module_that_does_not_land_names_the_nearest(tmp_path: Path) -> None:
     normal = random(1)
     file = {}
-    for module in ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.wq", "model.layers.7.mlp.down_proj"):
+    for module in (
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.0.self_attn.wq",
+        "model.layers.7.mlp.down_proj",
+    ):
         file |= {
             f"base_model.model.{module}.lora_A.weight": normal(2, 64),
             f"base_model.model.{module}.lora_B.weight": normal(64, 2),
@@ -216,9 +250,12 @@ def test_a_module_of_another_shape_is_named_with_both(tmp_path: Path) -> None:
     normal = random(1)
     key = "base_model.model.model.layers.0.self_attn.k_proj"
     adapter = write(
-        tmp_path / "a.safetensors", {f"{key}.lora_A.weight": normal(2, 64), f"{key}.lora_B.weight": normal(64, 2)}
+        tmp_path / "a.safetensors",
+        {f"{key}.lora_A.weight": normal(2, 64), f"{key}.lora_B.weight": normal(64, 2)},
     )
-    with pytest.raises(CheckFailed, match=r"k_proj: the change has shape \[64, 64\], the base \[32, 64\]"):
+    with pytest.raises(
+        CheckFailed, match=r"k_proj: the change has shape \[64, 64\], the base \[32, 64\]"
+    ):
         ps.merge(saved("tiny_llama"), [(adapter, 1.0)], tmp_path / "out")
     with pytest.raises(CheckFailed):  # a strength of 0 does not hide it
         ps.merge(saved("tiny_llama"), [(adapter, 0.0)], tmp_path / "out")
@@ -235,7 +272,13 @@ def test_outputs_that_would_destroy_something_are_refused(tmp_path: Path) -> Non
     (tmp_path / "there").mkdir()
     with pytest.raises(UsageError, match="exists"):
         ps.merge(saved("tiny_llama"), [(LORA, 1.0)], tmp_path / "there")
-    for option in ({"relative_to": "x"}, {"dtype": "fp8"}, {"rounding": "up"}, {"verify": "no"}, {"tied": "x"}):
+    for option in (
+        {"relative_to": "x"},
+        {"dtype": "fp8"},
+        {"rounding": "up"},
+        {"verify": "no"},
+        {"tied": "x"},
+    ):
         with pytest.raises(UsageError, match="not known"):
             ps.merge(base, [(LORA, 1.0)], tmp_path / "y.safetensors", **option)
     with pytest.raises(UsageError, match="no adapter"):
@@ -258,14 +301,22 @@ def test_a_lone_file_of_a_model_and_integers_beside_it(tmp_path: Path) -> None:
     tensors["position_ids"] = torch.arange(64)
     tensors["scalar"] = torch.tensor(3.0)
     save_file(tensors, tmp_path / "base.safetensors", {"format": "pt"})
-    ps.merge(tmp_path / "base.safetensors", [(LORA, 1.0)], tmp_path / "out.safetensors", dtype="bf16", verify="full")
+    ps.merge(
+        tmp_path / "base.safetensors",
+        [(LORA, 1.0)],
+        tmp_path / "out.safetensors",
+        dtype="bf16",
+        verify="full",
+    )
     after = load_file(tmp_path / "out.safetensors")
     assert torch.equal(after["position_ids"], tensors["position_ids"])
     assert after["scalar"].dtype == torch.bfloat16
     assert after["scalar"].shape == ()
 
 
-def test_an_interrupted_merge_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_merge_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from peftsurgery.operations import merge as operation
 
     def interrupt(*_: object, **__: object) -> None:
@@ -275,3 +326,58 @@ def test_an_interrupted_merge_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(KeyboardInterrupt):
         ps.merge(saved("tiny_llama"), [(LORA, 1.0)], tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_thousand_modules_that_do_not_land_are_reported_at_once(tmp_path: Path) -> None:
+    import time
+
+    normal = random(1)
+    down, up = normal(1, 8), normal(8, 1)
+    file, base = {}, {}
+    for number in range(1500):
+        base[f"model.layers.{number}.self_attn.q_proj.weight"] = torch.zeros(8, 8)
+        key = f"base_model.model.model.blocks.{number}.attention.query"
+        file |= {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}
+    save_file({n: t.clone() for n, t in base.items()}, tmp_path / "base.safetensors")
+    adapter = write(tmp_path / "a.safetensors", file)
+    start = time.perf_counter()
+    with pytest.raises(CheckFailed, match="1500 of 1500 modules do not land") as caught:
+        ps.merge(
+            tmp_path / "base.safetensors",
+            [(adapter, 1.0)],
+            tmp_path / "out.safetensors",
+            architecture="llm",
+        )
+    assert "… and 1492 more" in str(caught.value)
+    assert str(caught.value).count("closest") == 8
+    assert time.perf_counter() - start < 60
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.float64])
+def test_weights_of_other_types_are_refused_where_they_would_change(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    tensors = load_file(saved("tiny_llama") / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, tmp_path / "base.safetensors")
+    with pytest.raises(UnsupportedError, match=f"'{name}' is stored as"):
+        ps.merge(tmp_path / "base.safetensors", [(LORA, 1.0)], tmp_path / "out.safetensors")
+
+
+def test_tensors_that_cannot_be_merged_are_named(tmp_path: Path) -> None:
+    normal = random(2)
+    key = "lora_unet_input_blocks_4_1_proj_in"
+    file = {
+        f"{key}.lora_down.weight": normal(2, 32, 1, 1),
+        f"{key}.lora_up.weight": normal(32, 2, 1, 1),
+        "bundle_emb.token.clip_l": normal(2, 32),
+    }
+    weight = state(saved("tiny_sd_pipeline"))["unet:down_blocks.1.attentions.0.proj_in.weight"]
+    file[f"{key}.lora_down.weight"] = normal(2, weight.shape[1], 1, 1)
+    file[f"{key}.lora_up.weight"] = normal(weight.shape[0], 2, 1, 1)
+    adapter = write(tmp_path / "a.safetensors", file)
+    report = ps.merge(
+        saved("tiny_sd_pipeline"), [(adapter, 1.0)], tmp_path / "out", architecture="sd1"
+    )
+    assert any(f.code == "not-merged" and "bundle_emb" in str(f.key) for f in report.findings)

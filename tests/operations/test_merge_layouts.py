@@ -1,4 +1,6 @@
-"""Any layout into any vocabulary: the result is the base plus a dense oracle, read back without the package."""
+"""Any layout into any vocabulary: the result is the base plus a dense oracle, read back without the
+package.
+"""
 
 from __future__ import annotations
 
@@ -43,14 +45,18 @@ def canonical(tensors: Tensors) -> Tensors:
 
 
 def sdxl_kohya(folder: Path, *, seed: int = 1) -> tuple[Path, Tensors]:
-    """A Kohya LoRA in sgm names on attention, feed-forward, convolutions and both text encoders; deltas by tensor name."""
+    """A Kohya LoRA in sgm names on attention, feed-forward, convolutions and both text encoders;
+    deltas by tensor name.
+    """
     weights, homes = {}, {}
     for name, tensor in state(saved("tiny_sdxl_pipeline")).items():
         component, _, inner = name.partition(":")
         module, _, parameter = inner.rpartition(".")
         if parameter != "weight" or tensor.ndim < 2 or component == "vae" or "embedding" in inner:
             continue
-        if component == "unet" and (".attentions." in inner or ".conv1." in inner or "samplers" in inner):
+        if component == "unet" and (
+            ".attentions." in inner or ".conv1." in inner or "samplers" in inner
+        ):
             key = "lora_unet_" + sdxl_ldm(inner).removesuffix(".weight").replace(".", "_")
         elif component.startswith("text_encoder") and "layers" in inner:
             prefix = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}[component]
@@ -84,7 +90,9 @@ def test_kohya_lora_into_a_single_file_with_openclip_names(tmp_path: Path) -> No
     before = canonical(state(saved("tiny_sdxl_pipeline")))
     again = sdxl_from_single(base)
     assert again.keys() == before.keys()
-    assert all(torch.equal(again[n], before[n]) for n in before), "the single file of this test is wrong"
+    assert all(torch.equal(again[n], before[n]) for n in before), (
+        "the single file of this test is wrong"
+    )
     wanted = canonical({name: 0.7 * delta for name, delta in deltas.items()})
     check(before, sdxl_from_single(tmp_path / "out.safetensors"), wanted)
     fused = "conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight"
@@ -96,7 +104,10 @@ def test_diffusers_lora_into_a_single_file_sdxl(tmp_path: Path, golden: str) -> 
     file = load_file(GOLDEN / f"{golden}.safetensors")
     probed = load_file(GOLDEN / f"{golden}.oracle.safetensors")
     ps.merge(
-        sdxl_single(), [(GOLDEN / f"{golden}.safetensors", 1.0)], tmp_path / "out.safetensors", verify="full"
+        sdxl_single(),
+        [(GOLDEN / f"{golden}.safetensors", 1.0)],
+        tmp_path / "out.safetensors",
+        verify="full",
     )
     before, after = sdxl_from_single(sdxl_single()), sdxl_from_single(tmp_path / "out.safetensors")
     changed = set()
@@ -116,9 +127,13 @@ def test_diffusers_lora_into_a_bfl_file(tmp_path: Path) -> None:
     plain = state(saved("tiny_flux_pipeline") / "transformer")
     again = flux_from_single(base)
     assert again.keys() == plain.keys()
-    assert all(torch.equal(again[n], plain[n]) for n in plain), "the single file of this test is wrong"
+    assert all(torch.equal(again[n], plain[n]) for n in plain), (
+        "the single file of this test is wrong"
+    )
     golden = GOLDEN / "diffusers_flux_lora.safetensors"
-    ps.merge(base, [(golden, 1.0)], tmp_path / "out.safetensors", architecture="flux", verify="full")
+    ps.merge(
+        base, [(golden, 1.0)], tmp_path / "out.safetensors", architecture="flux", verify="full"
+    )
     after = flux_from_single(tmp_path / "out.safetensors")
     for name, delta in load_file(GOLDEN / "diffusers_flux_lora.oracle.safetensors").items():
         inner = name.partition(":")[2]
@@ -128,10 +143,16 @@ def test_diffusers_lora_into_a_bfl_file(tmp_path: Path) -> None:
 
 def flux_modules(tensors: Tensors) -> Tensors:
     """Every linear weight of the transformer by module name."""
-    return {n.removesuffix(".weight"): t for n, t in tensors.items() if n.endswith(".weight") and t.ndim == 2}
+    return {
+        n.removesuffix(".weight"): t
+        for n, t in tensors.items()
+        if n.endswith(".weight") and t.ndim == 2
+    }
 
 
-def test_diffusers_lora_on_every_linear_of_flux_into_a_bfl_file_with_swapped_halves(tmp_path: Path) -> None:
+def test_diffusers_lora_on_every_linear_of_flux_into_a_bfl_file_with_swapped_halves(
+    tmp_path: Path,
+) -> None:
     base, normal = flux_single(), random(5)
     plain = state(saved("tiny_flux_pipeline") / "transformer")
     file: Tensors = {}
@@ -139,14 +160,16 @@ def test_diffusers_lora_on_every_linear_of_flux_into_a_bfl_file_with_swapped_hal
         file[f"transformer.{module}.lora_A.weight"] = normal(2, weight.shape[1]) * 0.2
         file[f"transformer.{module}.lora_B.weight"] = normal(weight.shape[0], 2) * 0.2
     adapter = write(tmp_path / "all.safetensors", file)
-    ps.merge(base, [(adapter, 1.0)], tmp_path / "out.safetensors", architecture="flux", verify="full")
+    ps.merge(
+        base, [(adapter, 1.0)], tmp_path / "out.safetensors", architecture="flux", verify="full"
+    )
     deltas = {f"{m.partition('.')[2]}.weight": d for m, d in dotted_lora(file).items()}
     assert "norm_out.linear.weight" in deltas
     check(plain, flux_from_single(tmp_path / "out.safetensors"), deltas)
 
 
 def comfy_lokr(weights: Tensors, *, seed: int, alpha: float = 3.0) -> tuple[Tensors, Tensors]:
-    """(file, ΔW in fp64) of a ComfyUI LoKr with a low-rank second factor on fused native modules."""
+    """(file, ΔW in fp64) of a ComfyUI LoKr, second factor low-rank, on fused native modules."""
     normal = random(seed)
     file: Tensors = {}
     deltas: Tensors = {}
@@ -169,13 +192,16 @@ def comfy_lokr(weights: Tensors, *, seed: int, alpha: float = 3.0) -> tuple[Tens
 
 def test_comfyui_lokr_into_a_bfl_file_and_sliced_onto_a_diffusers_folder(tmp_path: Path) -> None:
     native = load_file(flux_single())
-    fused = {m: t for m, t in flux_modules(native).items() if m.endswith(("qkv", "linear1", "proj"))}
+    fused = {
+        m: t for m, t in flux_modules(native).items() if m.endswith(("qkv", "linear1", "proj"))
+    }
     file, deltas = comfy_lokr(fused, seed=8)
     adapter = write(tmp_path / "lokr.safetensors", file)
     out = tmp_path / "out.safetensors"
     ps.merge(flux_single(), [(adapter, 1.0)], out, architecture="flux", verify="full")
     check(native, load_file(out), deltas)
-    # the blocks of 24 or so rows do not end where q, k and v do, so the record stays on the group and merge slices it
+    # the blocks of 24 or so rows do not end where q, k and v do, so the record stays on the group
+    # and merge slices it
     folder = saved("tiny_flux_pipeline")
     ps.merge(folder, [(adapter, 1.0)], tmp_path / "folder", architecture="flux", verify="full")
     merged = bfl(state(tmp_path / "folder" / "transformer"))
@@ -196,7 +222,13 @@ def test_lokr_with_a_magnitude_per_output_is_sliced_too(tmp_path: Path) -> None:
     folder = saved("tiny_flux_pipeline")
     ps.merge(folder, [(adapter, 1.0)], tmp_path / "folder", architecture="flux", verify="full")
     check(native, bfl(state(tmp_path / "folder" / "transformer")), deltas)
-    ps.merge(flux_single(), [(adapter, 1.0)], tmp_path / "o.safetensors", architecture="flux", verify="full")
+    ps.merge(
+        flux_single(),
+        [(adapter, 1.0)],
+        tmp_path / "o.safetensors",
+        architecture="flux",
+        verify="full",
+    )
     check(native, load_file(tmp_path / "o.safetensors"), deltas)
 
 
@@ -219,7 +251,9 @@ def test_per_input_magnitude_needs_the_fused_weight(tmp_path: Path) -> None:
     merged = magnitude.double() * moved / moved.norm(dim=0, keepdim=True)
     check(native, load_file(out), {f"{name}.weight": 0.6 * (merged - weight.double())})
     with pytest.raises(UnsupportedError, match="one magnitude per input"):
-        ps.merge(saved("tiny_flux_pipeline"), [(adapter, 1.0)], tmp_path / "no", architecture="flux")
+        ps.merge(
+            saved("tiny_flux_pipeline"), [(adapter, 1.0)], tmp_path / "no", architecture="flux"
+        )
     assert not (tmp_path / "no").exists()
 
 

@@ -36,7 +36,11 @@ def base_folder(name: str) -> Path:
 
 
 def loaded(folder: Path) -> torch.nn.Module:
-    kind = AutoModel if "minilm" in str(folder).lower() or folder == bases.minilm_folder() else AutoModelForCausalLM
+    kind = (
+        AutoModel
+        if "minilm" in str(folder).lower() or folder == bases.minilm_folder()
+        else AutoModelForCausalLM
+    )
     return kind.from_pretrained(folder)
 
 
@@ -58,7 +62,9 @@ def test_weights_of_merge_and_unload(tmp_path: Path, name: str) -> None:
 
 def test_replicated_layers_are_written_out(tmp_path: Path) -> None:
     base = saved("tiny_llama")
-    report = ps.merge(base, [(GOLDEN / "peft_llama_replication", 1.0)], tmp_path / "out", verify="full")
+    report = ps.merge(
+        base, [(GOLDEN / "peft_llama_replication", 1.0)], tmp_path / "out", verify="full"
+    )
     assert any(finding.code == "layer-replication" for finding in report.findings)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["num_hidden_layers"] == 4
@@ -81,7 +87,10 @@ def test_replication_of_a_sharded_base_rewrites_the_index(tmp_path: Path) -> Non
     assert index["weight_map"].keys() == after.keys()
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in after.values())
     whole = ps.merge(
-        saved("tiny_llama"), [(GOLDEN / "peft_llama_replication", 1.0)], tmp_path / "whole", verify="full"
+        saved("tiny_llama"),
+        [(GOLDEN / "peft_llama_replication", 1.0)],
+        tmp_path / "whole",
+        verify="full",
     )
     assert whole.ok
     assert all(torch.equal(t, after[n]) for n, t in state(tmp_path / "whole").items())
@@ -147,10 +156,14 @@ def test_the_real_minilm_gives_the_embeddings_of_the_attached_model(tmp_path: Pa
     assert float((result - attached).norm(dim=1).max()) < 1e-5
 
 
-@pytest.mark.parametrize("settings", [{"lora_bias": True}, {"use_rslora": True}, {"use_dora": True}])
+@pytest.mark.parametrize(
+    "settings", [{"lora_bias": True}, {"use_rslora": True}, {"use_dora": True}]
+)
 def test_fresh_adapters_on_a_biased_model(tmp_path: Path, settings: dict[str, bool]) -> None:
     base = saved("tiny_llama(biases=True)")
-    config = LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "o_proj", "down_proj"], **settings)
+    config = LoraConfig(
+        r=3, lora_alpha=7, target_modules=["q_proj", "o_proj", "down_proj"], **settings
+    )
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     normal = random(3)
     for name, parameter in model.named_parameters():
@@ -158,13 +171,16 @@ def test_fresh_adapters_on_a_biased_model(tmp_path: Path, settings: dict[str, bo
             parameter.data.add_(0.1 * normal(*parameter.shape).abs())
     model.save_pretrained(tmp_path / "adapter")
     ps.merge(base, [(tmp_path / "adapter", 1.0)], tmp_path / "out", verify="full")
-    torch.testing.assert_close(logits(loaded(tmp_path / "out")), logits(model), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        logits(loaded(tmp_path / "out")), logits(model), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_lora_bias_on_a_base_without_biases_is_refused(tmp_path: Path) -> None:
     base = saved("tiny_llama")
     model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True)
+        AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True),
     )
     for name, parameter in model.named_parameters():
         if name.endswith("lora_B.default.bias"):
@@ -177,7 +193,9 @@ def test_lora_bias_on_a_base_without_biases_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_residual_initialisations_need_their_residual_base(tmp_path: Path, init: str) -> None:
     base = saved("tiny_llama")
-    config = LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "v_proj"], init_lora_weights=init)
+    config = LoraConfig(
+        r=4, lora_alpha=4, target_modules=["q_proj", "v_proj"], init_lora_weights=init
+    )
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     expected = logits(model)
     model.save_pretrained(tmp_path / "adapter")
@@ -189,7 +207,9 @@ def test_residual_initialisations_need_their_residual_base(tmp_path: Path, init:
             if hasattr(module, "lora_A") and "default" in module.lora_B:
                 module.lora_B["default"].weight.zero_()
     model.merge_and_unload().save_pretrained(tmp_path / "residual")
-    ps.merge(tmp_path / "residual", [(tmp_path / "adapter", 1.0)], tmp_path / "out", residual_base=True)
+    ps.merge(
+        tmp_path / "residual", [(tmp_path / "adapter", 1.0)], tmp_path / "out", residual_base=True
+    )
     torch.testing.assert_close(logits(loaded(tmp_path / "out")), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -206,4 +226,6 @@ def test_an_adapter_for_the_inner_model_finds_its_prefix(tmp_path: Path) -> None
     expected = inner.merge_and_unload().state_dict()
     for key, weight in state(tmp_path / "out").items():
         if key.startswith("model."):
-            torch.testing.assert_close(weight, expected[key.removeprefix("model.")], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                weight, expected[key.removeprefix("model.")], rtol=1e-5, atol=1e-6
+            )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import peftsurgery as ps
 from peftsurgery.errors import CheckFailed
-from peftsurgery.operations.apply import stochastic
+from peftsurgery.operations.rounding import stochastic
 from tests.operations.merging import GOLDEN, off_rounding, random, saved, state
 
 NAME = "model.layers.0.self_attn.q_proj"
@@ -25,7 +25,10 @@ def llama(folder: Path, weights: dict[str, Tensor]) -> Path:
 
 
 def lora(folder: Path, up: Tensor, down: Tensor) -> Path:
-    tensors = {f"base_model.model.{NAME}.lora_A.weight": down, f"base_model.model.{NAME}.lora_B.weight": up}
+    tensors = {
+        f"base_model.model.{NAME}.lora_A.weight": down,
+        f"base_model.model.{NAME}.lora_B.weight": up,
+    }
     path = folder / "adapter_model.safetensors"
     path.parent.mkdir(exist_ok=True)
     save_file({n: t.contiguous() for n, t in tensors.items()}, path)
@@ -34,12 +37,16 @@ def lora(folder: Path, up: Tensor, down: Tensor) -> Path:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16])
-def test_the_result_is_the_exact_sum_rounded_once(tmp_path: Path, dtype: torch.dtype, factors: torch.dtype) -> None:
+def test_the_result_is_the_exact_sum_rounded_once(
+    tmp_path: Path, dtype: torch.dtype, factors: torch.dtype
+) -> None:
     normal = random(1)
     weight = (normal(700, 333) * 0.05).to(dtype)
     up, down = (normal(700, 5) * 0.02).to(factors), normal(5, 333).to(factors)
     base = llama(tmp_path, {f"{NAME}.weight": weight})
-    ps.merge(base, [(lora(tmp_path / "a", up, down), 0.7)], tmp_path / "out.safetensors", verify="full")
+    ps.merge(
+        base, [(lora(tmp_path / "a", up, down), 0.7)], tmp_path / "out.safetensors", verify="full"
+    )
     result = load_file(tmp_path / "out.safetensors")[f"{NAME}.weight"]
     exact = weight.double() + 0.7 * (up.double() @ down.double())
     assert result.dtype == dtype
@@ -64,8 +71,12 @@ def share(base: Path, out: Path, adapter: Path) -> float:
     return float((kept * delta).sum() / (delta * delta).sum())
 
 
-@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 1e-3), (torch.bfloat16, 1e-4), (torch.float16, 1e-4)])
-def test_survival_is_the_share_of_the_change_that_was_written(tmp_path: Path, dtype: torch.dtype, size: float) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.bfloat16, 1e-3), (torch.bfloat16, 1e-4), (torch.float16, 1e-4)]
+)
+def test_survival_is_the_share_of_the_change_that_was_written(
+    tmp_path: Path, dtype: torch.dtype, size: float
+) -> None:
     base, adapter = small_change(tmp_path, dtype, size)
     report = ps.merge(base, [(adapter, 1.0)], tmp_path / "out.safetensors")
     expected = share(base, tmp_path / "out.safetensors", adapter)
@@ -87,7 +98,9 @@ def test_min_survival_fails_and_names_the_dtypes_that_would_keep_it(tmp_path: Pa
     stated = float(text.split("--dtype fp16 keeps ")[1].split("%")[0]) / 100
     ps.merge(base, [(adapter, 1.0)], out, dtype="fp16")
     assert share(base, out, adapter) == pytest.approx(stated, abs=2e-3)
-    ps.merge(base, [(adapter, 1.0)], tmp_path / "fp32.safetensors", dtype="fp32", min_survival=0.999)
+    ps.merge(
+        base, [(adapter, 1.0)], tmp_path / "fp32.safetensors", dtype="fp32", min_survival=0.999
+    )
     low = ps.merge(base, [(adapter, 1.0)], tmp_path / "low.safetensors")
     assert any(f.code == "low-survival" and "--dtype fp32" in str(f.remedy) for f in low.findings)
 
@@ -101,7 +114,8 @@ def test_fp16_is_not_advised_where_it_overflows(tmp_path: Path) -> None:
     assert "fp16" not in str(caught.value)
 
 
-# stochastic ----------------------------------------------------------------------------------------------
+# stochastic
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
@@ -151,7 +165,8 @@ def test_stochastic_merges_are_seeded_and_keep_the_change_on_average(tmp_path: P
     assert abs(sum(shares) / len(shares) - 1) < 5 * float(spread)
 
 
-# numbers that do not fit ------------------------------------------------------------------------------------
+# numbers that do not fit
+# ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -161,7 +176,9 @@ def test_nan_and_inf_in_an_adapter_are_refused_by_name(tmp_path: Path, value: fl
     up = normal(64, 2)
     up[3, 1] = value
     with pytest.raises(CheckFailed, match=rf"{NAME}.*NaN or Inf"):
-        ps.merge(base, [(lora(tmp_path / "a", up, normal(2, 64)), 1.0)], tmp_path / "out.safetensors")
+        ps.merge(
+            base, [(lora(tmp_path / "a", up, normal(2, 64)), 1.0)], tmp_path / "out.safetensors"
+        )
     assert not (tmp_path / "out.safetensors").exists()
 
 
@@ -171,12 +188,18 @@ def test_a_base_that_holds_nan_already_is_named_as_such(tmp_path: Path) -> None:
     weight[0, 0] = float("nan")
     base = llama(tmp_path, {f"{NAME}.weight": weight})
     with pytest.raises(CheckFailed, match="the base holds NaN or Inf there already"):
-        ps.merge(base, [(lora(tmp_path / "a", normal(64, 2), normal(2, 64)), 1.0)], tmp_path / "out.safetensors")
+        ps.merge(
+            base,
+            [(lora(tmp_path / "a", normal(64, 2), normal(2, 64)), 1.0)],
+            tmp_path / "out.safetensors",
+        )
 
 
 def test_fp16_overflow_is_refused(tmp_path: Path) -> None:
     normal = random(6)
-    base = llama(tmp_path, {f"{NAME}.weight": normal(64, 64).half(), "other.weight": normal(4, 4).half()})
+    base = llama(
+        tmp_path, {f"{NAME}.weight": normal(64, 64).half(), "other.weight": normal(4, 4).half()}
+    )
     up = normal(64, 2)
     up[0] = 4e4
     adapter = lora(tmp_path / "a", up, torch.ones(2, 64))
@@ -187,15 +210,21 @@ def test_fp16_overflow_is_refused(tmp_path: Path) -> None:
 
 def test_overflow_of_untouched_tensors_under_dtype_is_refused(tmp_path: Path) -> None:
     normal = random(6)
-    base = llama(tmp_path, {f"{NAME}.weight": normal(64, 64), "other.weight": torch.full((4, 4), 1e6)})
+    base = llama(
+        tmp_path, {f"{NAME}.weight": normal(64, 64), "other.weight": torch.full((4, 4), 1e6)}
+    )
     adapter = lora(tmp_path / "a", normal(64, 2), normal(2, 64))
     with pytest.raises(CheckFailed, match=r"'other.weight'.*does not fit F16"):
         ps.merge(base, [(adapter, 1.0)], tmp_path / "out.safetensors", dtype="fp16")
     assert not (tmp_path / "out.safetensors").exists()
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)])
-def test_dtype_rounds_everything_that_is_dense(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)]
+)
+def test_dtype_rounds_everything_that_is_dense(
+    tmp_path: Path, name: str, dtype: torch.dtype
+) -> None:
     import json
 
     base = saved("tiny_llama")

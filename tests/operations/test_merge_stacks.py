@@ -1,6 +1,8 @@
-"""Several adapters of different algorithms: the order law, `--relative-to base`, DoRA in both axes, everything an adapter holds.
+"""Several adapters of different algorithms: the order law, `--relative-to base`, DoRA in both axes,
+everything an adapter holds.
 
-The expected weights are computed here in fp64 from the tensors written, by formulas written out here.
+The expected weights are computed here in fp64 from the tensors written, by formulas written out
+here.
 """
 
 from __future__ import annotations
@@ -31,7 +33,10 @@ def key(module: str) -> str:
 
 def lora(module: str, weight: Tensor, seed: int, alpha: float = 2.0) -> tuple[Tensors, Map]:
     normal = random(seed)
-    down, up = normal(3, *weight.shape[1:]) * 0.2, normal(weight.shape[0], 3, *[1] * (weight.ndim - 2)) * 0.2
+    down, up = (
+        normal(3, *weight.shape[1:]) * 0.2,
+        normal(weight.shape[0], 3, *[1] * (weight.ndim - 2)) * 0.2,
+    )
     tensors = {
         f"{key(module)}.lora_down.weight": down,
         f"{key(module)}.lora_up.weight": up,
@@ -50,13 +55,18 @@ def loha(module: str, weight: Tensor, seed: int) -> tuple[Tensors, Map]:
     }  # fmt: skip
     d = {n: t.double() for n, t in parts.items()}
     product = (d["hada_w1_a"] @ d["hada_w1_b"]) * (d["hada_w2_a"] @ d["hada_w2_b"])
-    tensors = {f"{key(module)}.{n}": t for n, t in parts.items()} | {f"{key(module)}.alpha": torch.tensor(1.0)}
+    tensors = {f"{key(module)}.{n}": t for n, t in parts.items()} | {
+        f"{key(module)}.alpha": torch.tensor(1.0)
+    }
     return tensors, lambda w: w + product.reshape(weight.shape) / 2
 
 
 def lokr(module: str, weight: Tensor, seed: int) -> tuple[Tensors, Map]:
     normal = random(seed)
-    w1, w2 = normal(4, 2) * 0.3, normal(weight.shape[0] // 4, weight.shape[1] // 2, *weight.shape[2:]) * 0.3
+    w1, w2 = (
+        normal(4, 2) * 0.3,
+        normal(weight.shape[0] // 4, weight.shape[1] // 2, *weight.shape[2:]) * 0.3,
+    )
     product = torch.kron(w1.double().reshape(4, 2, *[1] * (weight.ndim - 2)), w2.double())
     return {f"{key(module)}.lokr_w1": w1, f"{key(module)}.lokr_w2": w2}, lambda w: w + product
 
@@ -69,7 +79,9 @@ def full(module: str, weight: Tensor, seed: int) -> tuple[Tensors, Map]:
 def dora(module: str, weight: Tensor, seed: int, *, axis: int) -> tuple[Tensors, Map]:
     tensors, moved = lora(module, weight, seed)
     others = [d for d in range(weight.ndim) if d != axis]
-    magnitude = torch.linalg.vector_norm(weight, dim=others, keepdim=True) * (1 + 0.2 * random(seed + 1)(1).abs())
+    magnitude = torch.linalg.vector_norm(weight, dim=others, keepdim=True) * (
+        1 + 0.2 * random(seed + 1)(1).abs()
+    )
     tensors[f"{key(module)}.dora_scale"] = magnitude
 
     def replaced(w: Tensor) -> Tensor:
@@ -101,7 +113,9 @@ def base() -> Path:
     return saved("tiny_sd_pipeline")
 
 
-def stack(folder: Path, base: Path, kinds: tuple[str, ...]) -> tuple[list[tuple[Path, float]], dict[str, list[Map]]]:
+def stack(
+    folder: Path, base: Path, kinds: tuple[str, ...]
+) -> tuple[list[tuple[Path, float]], dict[str, list[Map]]]:
     weights = state(base)
     files: list[tuple[Path, float]] = []
     maps: dict[str, list[Map]] = {}
@@ -128,7 +142,9 @@ def test_a_stack_is_the_composition_of_its_maps(
     )
     if len(kinds) > 1:
         said = str(report.summary["adapters"])
-        assert [said.index(file.name) for file, _ in files] == sorted(said.index(file.name) for file, _ in files)
+        assert [said.index(file.name) for file, _ in files] == sorted(
+            said.index(file.name) for file, _ in files
+        )
         assert ("in this order" in said) == (relative_to == "current")
     deltas = {}
     for name, changes in maps.items():
@@ -208,12 +224,16 @@ def test_biases_norms_and_values(tmp_path: Path, base: Path) -> None:
 def test_a_bias_change_without_a_bias_in_the_base_is_refused(tmp_path: Path, base: Path) -> None:
     weight = state(base)[f"unet:{LINEAR}.weight"]
     tensors, _ = lora(LINEAR, weight, 1)
-    file = write(tmp_path / "a.safetensors", {**tensors, f"{key(LINEAR)}.diff_b": torch.ones(weight.shape[0])})
+    file = write(
+        tmp_path / "a.safetensors",
+        {**tensors, f"{key(LINEAR)}.diff_b": torch.ones(weight.shape[0])},
+    )
     with pytest.raises(CheckFailed, match=r"has no .*to_q\.bias"):
         ps.merge(base, [(file, 1.0)], tmp_path / "out", architecture="sd1")
 
 
-# widened inputs ----------------------------------------------------------------------------------------
+# widened inputs
+# ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -246,16 +266,23 @@ def padded(weight: Tensor) -> Tensor:
 
 def test_flux_control_widens_img_in(tmp_path: Path, wide_base: Path) -> None:
     file, delta, bias = control(tmp_path)
-    ps.merge(wide_base, [(file, 1.0)], tmp_path / "out.safetensors", architecture="flux", verify="full")
+    ps.merge(
+        wide_base, [(file, 1.0)], tmp_path / "out.safetensors", architecture="flux", verify="full"
+    )
     before, after = load_file(wide_base), load_file(tmp_path / "out.safetensors")
     assert after["img_in.weight"].shape == (32, 128)
     expected = padded(before["img_in.weight"]) + delta
     assert float((after["img_in.weight"].double() - expected).abs().max()) < 1e-6
-    assert float((after["img_in.bias"].double() - before["img_in.bias"].double() - bias).abs().max()) < 1e-6
+    assert (
+        float((after["img_in.bias"].double() - before["img_in.bias"].double() - bias).abs().max())
+        < 1e-6
+    )
 
 
 @pytest.mark.parametrize("first", ["plain", "control"])
-def test_a_plain_adapter_beside_one_that_widens(tmp_path: Path, wide_base: Path, first: str) -> None:
+def test_a_plain_adapter_beside_one_that_widens(
+    tmp_path: Path, wide_base: Path, first: str
+) -> None:
     file, delta, _ = control(tmp_path)
     normal = random(22)
     down, up = normal(2, 64) * 0.2, normal(32, 2) * 0.2
@@ -284,7 +311,13 @@ def test_reshape_weight_of_comfyui(tmp_path: Path) -> None:
             "diffusion_model.img_in.reshape_weight": torch.tensor([32, columns + 5]),
         },
     )
-    ps.merge(flux_single(), [(file, 0.5)], tmp_path / "out.safetensors", architecture="flux", verify="full")
+    ps.merge(
+        flux_single(),
+        [(file, 0.5)],
+        tmp_path / "out.safetensors",
+        architecture="flux",
+        verify="full",
+    )
     after = load_file(tmp_path / "out.safetensors")["img_in.weight"].double()
     expected = 0.5 * (up.double() @ down.double())
     expected[:, :columns] += base["img_in.weight"].double()

@@ -1,4 +1,6 @@
-"""Strengths: parsing, components, patterns, and block-weight lists with sd-scripts' meaning of every number."""
+"""Strengths: parsing, components, patterns, and block-weight lists with sd-scripts' meaning of
+every number.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from peftsurgery.errors import UsageError
 from peftsurgery.operations.strengths import BLOCK_LISTS, Strength, block_name, block_weights, parse
 from tests.operations.merging import kohya_lora, saved, sd_ldm, sdxl_ldm, state, write
 
-# sd-scripts networks/svd_merge_lora.py: the blocks each list length names, in its order (facts, by index 0 to 25)
+# sd-scripts networks/svd_merge_lora.py: the blocks each list length names, in its order (facts, by
+# index 0 to 25)
 NAMED = {
     12: [0, 5, 6, 8, 9, 13, 14, 15, 16, 17, 18, 19],
     17: [0, 2, 3, 5, 6, 8, 9, 13, 17, 18, 19, 20, 21, 22, 23, 24, 25],
@@ -27,8 +30,12 @@ PICKED = re.compile(r"conv1|samplers|conv_in|conv_out|proj_in|attn[12]\.to_q|lin
 
 
 def index_sd(diffusers: str) -> int | None:
-    """Block index of a diffusers UNet module name, as sd-scripts counts SD1.x; None outside the blocks."""
-    match = re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)", diffusers)
+    """Block index of a diffusers UNet module name, as sd-scripts counts SD1.x; None outside the
+    blocks.
+    """
+    match = re.match(
+        r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)", diffusers
+    )
     if match:
         block, kind, number = int(match[2]), match[3], int(match[4])
         if match[1] == "down":
@@ -44,8 +51,12 @@ def index_sdxl(sgm: str) -> int | None:
     return {"input_blocks": 1 + number, "middle_block": 13, "output_blocks": 14 + number}.get(head)
 
 
-def adapter(folder: Path, builder: str) -> tuple[Path, dict[str, torch.Tensor], dict[str, int | None]]:
-    """A LoRA on some layers of every block of the UNet and on a text encoder; deltas and block indices by tensor name."""
+def adapter(
+    folder: Path, builder: str
+) -> tuple[Path, dict[str, torch.Tensor], dict[str, int | None]]:
+    """A LoRA on some layers of every block of the UNet and on a text encoder; deltas and block
+    indices by tensor name.
+    """
     sdxl = "sdxl" in builder
     ldm = sdxl_ldm if sdxl else sd_ldm
     picked, homes, blocks = {}, {}, {}
@@ -82,9 +93,16 @@ def factors(base: Path, out: Path, deltas: dict[str, torch.Tensor]) -> dict[str,
 
 @pytest.mark.parametrize(
     ("builder", "length"),
-    [("tiny_sd_pipeline", 17), ("tiny_sd_pipeline", 26), ("tiny_sdxl_pipeline", 12), ("tiny_sdxl_pipeline", 20)],
+    [
+        ("tiny_sd_pipeline", 17),
+        ("tiny_sd_pipeline", 26),
+        ("tiny_sdxl_pipeline", 12),
+        ("tiny_sdxl_pipeline", 20),
+    ],
 )
-def test_every_number_of_a_block_list_reaches_its_block(tmp_path: Path, builder: str, length: int) -> None:
+def test_every_number_of_a_block_list_reaches_its_block(
+    tmp_path: Path, builder: str, length: int
+) -> None:
     family = "sdxl" if "sdxl" in builder else "sd1"
     file, deltas, blocks = adapter(tmp_path, builder)
     numbers = [round(0.1 + 0.07 * n, 2) for n in range(length)]
@@ -112,7 +130,9 @@ def test_block_lists_of_the_other_family_are_refused(tmp_path: Path) -> None:
     file, _, _ = adapter(tmp_path, "tiny_sdxl_pipeline")
     strength = Strength(1.0, blocks=block_weights([1.0] * 17, "list"))
     with pytest.raises(UsageError, match="17 block weights are not for sdxl; expected 12 or 20"):
-        ps.merge(saved("tiny_sdxl_pipeline"), [(file, strength)], tmp_path / "out", architecture="sdxl")
+        ps.merge(
+            saved("tiny_sdxl_pipeline"), [(file, strength)], tmp_path / "out", architecture="sdxl"
+        )
     with pytest.raises(UsageError, match="13 block weights; expected 12, 17, 20, 26"):
         block_weights([1.0] * 13, "list")
     with pytest.raises(UsageError, match="must be numbers"):
@@ -164,7 +184,12 @@ def test_strengths_for_nothing_are_refused(tmp_path: Path, text: str, why: str) 
         (tmp_path / "m.json").write_text(text)
         text = f"=@{tmp_path / 'm.json'}"
     with pytest.raises(UsageError, match=why):
-        ps.merge(saved("tiny_sd_pipeline"), [parse(f"{file}{text}")], tmp_path / "out", architecture="sd1")
+        ps.merge(
+            saved("tiny_sd_pipeline"),
+            [parse(f"{file}{text}")],
+            tmp_path / "out",
+            architecture="sd1",
+        )
 
 
 def test_parsing() -> None:

@@ -223,7 +223,7 @@ def test_something_else_is_not_called_a_strength(tmp_path: Path) -> None:
     assert name in said(report)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, 3.0])
+@pytest.mark.parametrize("value", [math.nan, math.inf, 3.0, 0.31])
 def test_one_spoilt_element_is_enough(tmp_path: Path, value: float) -> None:
     case = Case(tmp_path)
     name = "model.layers.1.self_attn.q_proj.weight"
@@ -234,6 +234,8 @@ def test_one_spoilt_element_is_enough(tmp_path: Path, value: float) -> None:
     report = case.verify(edited(case.merged((case.a, 1.0)), spoil), (case.a, 1.0))
     assert report.answer == "no"
     assert [row["tensor"] for row in report.modules if row["verdict"] == "no"] == [name]
+    assert codes(report) == {"other-values"}
+    assert name in said(report)
 
 
 def test_untouched_missing_extra_and_reshaped_tensors(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import peftsurgery as ps
 from peftsurgery.operations.verify import VerifyReport
+from tests.operations import test_merge_experts as experts
 from tests.operations.merging import GOLDEN, flux_single, saved, sdxl_single
 
 PEFT = {  # golden -> base
@@ -158,3 +159,26 @@ def test_a_tied_embedding(tmp_path: Path) -> None:
     assert report.answer == "yes", explained(report)
     assert "transformer.wte.weight" in {row["tensor"] for row in report.modules}
     assert ps.verify(base, base, [(tmp_path / "adapter", 1.0)]).answer == "no"
+
+
+def test_experts_stacked_and_apart(tmp_path: Path) -> None:
+    """PEFT's merge of stacked experts, saved apart, against a base of either form."""
+    base = tmp_path / "base"
+    experts.built(experts.mixtral).save_pretrained(base)
+    model = experts.attached(
+        base, tmp_path / "a", r=2, target_modules=["q_proj"], target_parameters=experts.BOTH
+    )
+    assert isinstance(model, PeftModel)
+    plain = model.merge_and_unload()
+    assert isinstance(plain, PreTrainedModel)
+    plain.save_pretrained(tmp_path / "merged")
+    stacked = experts.stacked(base, tmp_path / "stacked")
+    for other in (base, stacked):
+        report = ps.verify(tmp_path / "merged", other, [(tmp_path / "a", 1.0)])
+        assert report.answer == "yes", explained(report)
+        wrong = ps.verify(tmp_path / "merged", other, [(tmp_path / "a", 0.5)])
+        assert wrong.answer == "no"
+        assert {f.code for f in wrong.findings if f.level == "error"} == {"wrong-strength"}
+    ps.merge(stacked, [(tmp_path / "a", 1.0)], tmp_path / "ours")
+    report = ps.verify(tmp_path / "ours", base, [(tmp_path / "a", 1.0)])
+    assert report.answer == "yes", explained(report)

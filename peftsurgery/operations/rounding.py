@@ -1,0 +1,65 @@
+"""Rounding to the dtype that is written, and the share of ΔW that survives it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Survival:
+    """Sums over elements: Δ = exact - base, kept = written - base."""
+
+    kept: float = 0.0  # <kept, Δ>
+    total: float = 0.0  # ||Δ||²
+    error: float = 0.0  # ||kept - Δ||²
+
+    @property
+    def share(self) -> float:
+        """<kept, Δ> / ||Δ||²: 1 when everything was written, 0 when rounding swallowed it."""
+        return self.kept / self.total if self.total > 0 else 1.0
+
+    def add(self, other: Survival) -> None:
+        """Accumulate another sum."""
+        self.kept += other.kept
+        self.total += other.total
+        self.error += other.error
+
+
+def survival_of(exact: Tensor, before: Tensor, written: Tensor) -> Survival:
+    """Sums over the elements of a tile; not finite when one of the three holds NaN or Inf."""
+    delta = (exact - before).reshape(-1)
+    kept = torch.sub(written.reshape(-1), before.reshape(-1))
+    inner, total = float(torch.dot(kept, delta)), float(torch.dot(delta, delta))
+    return Survival(inner, total, float(torch.dot(kept.sub_(delta), kept)))
+
+
+def generator(seed: int, name: str, row: int) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}:{name}:{row}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def stochastic(exact: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Round to one of the two neighbours with probability proportional to nearness: E[result] =
+    exact.
+
+    exact: fp32. The neighbour of the nearest value on the other side of `exact` is found by
+    stepping its bit pattern, which orders magnitudes in every IEEE-like format.
+    """
+    near = exact.to(dtype)
+    residual = exact - near.float()
+    bits = near.view(torch.int8 if dtype.itemsize == 1 else torch.int16).clone()
+    outward = (residual > 0) == (near.float() >= 0)
+    step = torch.where(outward, 1, -1).to(bits.dtype)
+    zero = near.float() == 0
+    other = (bits + step).view(dtype)
+    smallest = torch.ones((), dtype=bits.dtype).view(dtype).float()
+    other_value = torch.where(zero, torch.copysign(smallest, residual), other.float())
+    gap = (other_value - near.float()).abs()
+    chance = torch.where(gap > 0, residual.abs() / gap, 0.0)
+    take = torch.rand(exact.shape, generator=generator) < chance
+    take &= torch.isfinite(other_value) & (residual != 0)
+    return torch.where(take, other_value, near.float()).to(dtype)
