@@ -1,9 +1,9 @@
 """`Adapter`: the canonical form between any two layouts.
 
-Modules are addressed as `component:dotted.path` in the family's home vocabulary. A record that could not be split at a
-fused boundary stays on its group, `component:blocks.0.attn.[to_q,to_k,to_v]`, and one whose row operator could not be
-undone keeps the operator's name, `component:norm_out.linear~swap_halves`.
-"""
+Modules are addressed as `component:dotted.path` in the family's home vocabulary. A record that
+could not be split at a fused boundary stays on its group,
+`component:blocks.0.attn.[to_q,to_k,to_v]`, and one whose row operator could not be undone keeps the
+operator's name, `component:norm_out.linear~swap_halves`."""
 
 from __future__ import annotations
 
@@ -54,5 +54,7 @@ def is_group(path: str) -> bool:
 
 
 def members(path: str) -> tuple[str, ...]:
-    """The home modules a path stands for: `("a.q", "a.k")` of `"a.[q,k]"`; an operator mark is dropped."""
+    """The home modules a path stands for: `("a.q", "a.k")` of `"a.[q,k]"`; an operator mark is
+    dropped.
+    """
     return expand(path.partition("~")[0])

@@ -1,12 +1,12 @@
 """Layouts: how each tool spells an adapter in a file. One row per layout, no behaviour.
 
-A layout is a dialect (parameter suffixes) x a container (prefixes, dotted or flattened module names, where alpha
-lives) x a vocabulary (a column of the architecture table). Reading is liberal: any known suffix is understood in any
-container. Writing follows the row exactly. Sources of the grammars: PEFT `utils/save_and_load.py`, diffusers
-`loaders/lora_pipeline.py` and `utils/state_dict_utils.py`, sd-scripts `networks/lora.py`, LyCORIS `modules/`, ComfyUI
+A layout is a dialect (parameter suffixes) x a container (prefixes, dotted or flattened module
+names, where alpha lives) x a vocabulary (a column of the architecture table). Reading is liberal:
+any known suffix is understood in any container. Writing follows the row exactly. Sources of the
+grammars: PEFT `utils/save_and_load.py`, diffusers `loaders/lora_pipeline.py` and
+`utils/state_dict_utils.py`, sd-scripts `networks/lora.py`, LyCORIS `modules/`, ComfyUI
 `comfy/lora.py` and `comfy/weight_adapter/`, OneTrainer `util/convert_lora_util.py`, ai-toolkit
-`network_mixins.py`, x-flux attention processors, Stability control-LoRA.
-"""
+`network_mixins.py`, x-flux attention processors, Stability control-LoRA."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ LORA_A_B = {"down": "lora_A.weight", "up": "lora_B.weight"}
 
 @dataclass(frozen=True)
 class Dialect:
-    """Parameter suffixes: algorithm -> field -> suffix, and those any algorithm may carry beside its own.
+    """Parameter suffixes: algorithm -> field -> suffix, and those any algorithm may carry beside
+    its own.
 
-    An algorithm that is absent cannot be written in this dialect. `joint` stands between module name and suffix.
-    """
+    An algorithm that is absent cannot be written in this dialect. `joint` stands between module
+    name and suffix."""
 
     algorithms: dict[str, dict[str, str]]
     alpha: str | None = None
@@ -115,11 +116,11 @@ OLD_ATTENTION = {
 class Layout:
     """One row: everything needed to write a file of this layout, and to name it when read.
 
-    container: "peft" (`base_model.model.`), "component" (`unet.`), "flat" (`lora_unet_a_b`), "comfy" or "bare" (dotted).
-    prefixes: keys into a component's prefix table, for the denoiser and for text encoders.
-    vocabulary: "home", "native", "preferred" (what the layout's own programs write for the family) or a column.
-    alpha: where the scale goes: "tensor", "config" (adapter_config.json), "metadata" (lora_adapter_metadata) or "none"
-    (folded into the factors).
+    container: "peft" (`base_model.model.`), "component" (`unet.`), "flat" (`lora_unet_a_b`),
+    "comfy" or "bare" (dotted). prefixes: keys into a component's prefix table, for the denoiser and
+    for text encoders. vocabulary: "home", "native", "preferred" (what the layout's own programs
+    write for the family) or a column. alpha: where the scale goes: "tensor", "config"
+    (adapter_config.json), "metadata" (lora_adapter_metadata) or "none" (folded into the factors).
     """
 
     name: str

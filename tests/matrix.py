@@ -113,7 +113,8 @@ def table() -> str:
 
 LEGEND = (
     "● exact · L refused, `--algorithm lora` (with `--rank` to limit it) rewrites it and states the loss · "
-    "B refused, `--base CHECKPOINT` with `--algorithm lora` or `full` bakes it in · – no place for it. "
+    "B needs `--base CHECKPOINT`: a DoRA is baked in with `--algorithm lora` or `full`, a replaced weight becomes a "
+    "difference · – no place for it. "
     "Two marks: FLUX / SDXL."
 )
 

@@ -67,8 +67,7 @@ class Stored:
         return (stop - start, *self.tensor.shape[self.lead :]) if self.tensor.shape else ()
 
     def load(self) -> torch.Tensor:
-        """The home tensor, row operator undone; rows of a fused tensor are read without the rest.
-        """
+        """The home tensor, row operator undone; rows of a fused tensor are read without the rest."""
         if self.site.operator == "swap_halves":
             value = self.tensor.torch()
             half = value.shape[0] // 2

@@ -1,4 +1,6 @@
-"""What a file says of itself: configs, alphas and scales per module, from headers and the few alpha values."""
+"""What a file says of itself: configs, alphas and scales per module, from headers and the few alpha
+values.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ CHANGED_MEANING = (
 
 
 class Conventions:
-    """Resolves alpha, rs-LoRA, patterns and flags of one file; collects what is odd about them in `findings`.
+    """Resolves alpha, rs-LoRA, patterns and flags of one file; collects what is odd about them in
+    `findings`.
 
     Raises UnsupportedError when a config asks for something that changes what the factors mean.
     """
@@ -55,7 +58,8 @@ class Conventions:
         tensor = self.checkpoint[key]
         if math.prod(tensor.shape) != 1:
             raise UsageError(
-                f"{key!r}: alpha has shape {list(tensor.shape)}; expected one number. The file is damaged."
+                f"{key!r}: alpha has shape {list(tensor.shape)}; expected one number. The file is "
+                "damaged."
             )
         return float(np.asarray(tensor.numpy(), dtype=np.float64).reshape(-1)[0])
 
@@ -80,7 +84,8 @@ class Conventions:
                 self.once(
                     "warning",
                     "alpha-twice",
-                    "the file has alpha tensors and lora_adapter_metadata: the tensors are used, while diffusers applies "
+                    "the file has alpha tensors and lora_adapter_metadata: the tensors are used, "
+                    "while diffusers applies "
                     "both",
                     key,
                     "convert the file to settle its strength",
@@ -91,10 +96,11 @@ class Conventions:
         return config.scale(placement.site.name, rank)
 
     def transposed(self, placement: Placement) -> bool:
-        """Whether PEFT's fan_in_fan_out applies: the config asks for it and the module is an HF Conv1D.
+        """Whether PEFT's fan_in_fan_out applies: the config asks for it and the module is an HF
+        Conv1D.
 
-        PEFT ignores the flag on nn.Linear; which modules are Conv1D is known by name (`conv1d` in the table).
-        """
+        PEFT ignores the flag on nn.Linear; which modules are Conv1D is known by name (`conv1d` in
+        the table)."""
         if not self.raw.get(placement.component, {}).get("fan_in_fan_out"):
             return False
         return placement.site.name.rpartition(".")[2] in self.explanation.architecture.conv1d
@@ -123,7 +129,8 @@ class Conventions:
                 "no-adapter-config",
                 "PEFT keys without adapter_config.json: alpha is unknown and scale 1 is assumed",
                 None,
-                "give the folder that holds adapter_config.json if the adapter was trained with alpha != r",
+                "give the folder that holds adapter_config.json if the adapter was trained with "
+                "alpha != r",
             )
         return configs
 
@@ -132,12 +139,14 @@ class Conventions:
         kind = str(config.get("peft_type") or "LORA").upper()
         if kind not in ("LORA", "LOHA", "LOKR"):
             raise UnsupportedError(
-                f"{source}: adapter_config.json says peft_type {kind!r}, which this version does not handle."
+                f"{source}: adapter_config.json says peft_type {kind!r}, which this version does "
+                "not handle."
             )
         for name in CHANGED_MEANING:
             if config.get(name):
                 raise UnsupportedError(
-                    f"{source}: adapter_config.json sets {name}, which changes what the factors mean; this version does "
+                    f"{source}: adapter_config.json sets {name}, which changes what the factors "
+                    "mean; this version does "
                     "not handle it."
                 )
         init = str(config.get("init_lora_weights", ""))
@@ -145,7 +154,8 @@ class Conventions:
             self.once(
                 "warning",
                 "residual-base",
-                f"init_lora_weights is {init!r}: the adapter belongs to a residual base, not to the pristine one",
+                f"init_lora_weights is {init!r}: the adapter belongs to a residual base, not to "
+                "the pristine one",
                 None,
                 "convert it in PEFT with path_initial_model_for_weight_conversion before merging",
             )
@@ -177,7 +187,8 @@ class Conventions:
             self.once(
                 "warning",
                 "unusual-shapes",
-                f"{len(contradicted)} modules have shapes other than {self.explanation.architecture.title}'s",
+                f"{len(contradicted)} modules have shapes other than "
+                f"{self.explanation.architecture.title}'s",
                 contradicted[0],
                 "expected for pruned or tiny variants; otherwise check --architecture",
             )

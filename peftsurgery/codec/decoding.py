@@ -25,8 +25,8 @@ def decode(
 ) -> Adapter:
     """The canonical adapter of a file.
 
-    architecture: name of the family, when it is not to be detected. known: module names of the base, component ->
-    dotted home names, which lets flattened names of any model be read.
+    architecture: name of the family, when it is not to be detected. known: module names of the
+    base, component -> dotted home names, which lets flattened names of any model be read.
 
     Factors are views of the file's memory map: nothing is copied until something changes.
     """
@@ -62,13 +62,18 @@ class Decoder:
                 full = f"{placement.component}:{path}"
                 if full in modules:
                     raise UsageError(
-                        f"{self.source}: {origin[full]!r} and {module!r} both name the module {full!r}; "
+                        f"{self.source}: {origin[full]!r} and {module!r} both name the module "
+                        f"{full!r}; "
                         "expected each once. Remove one of the two sets of keys."
                     )
                 modules[full], origin[full] = adapter, module
                 if record.parameter != "weight" and placement.site.parts == (path,):
                     parameters[full] = record.parameter
-                ndim = len(self.checkpoint[record.keys["magnitude"]].shape) if "magnitude" in record.keys else 0
+                ndim = (
+                    len(self.checkpoint[record.keys["magnitude"]].shape)
+                    if "magnitude" in record.keys
+                    else 0
+                )
                 if ndim > 2:
                     ndims[full] = ndim
         for key in parsed.carried:
@@ -76,9 +81,11 @@ class Decoder:
                 self.conventions.once(
                     "warning",
                     "base-copy",
-                    "the base's own weight lies beside its adapter (PEFT saves it for embeddings) and is carried as it is",
+                    "the base's own weight lies beside its adapter (PEFT saves it for embeddings) "
+                    "and is carried as it is",
                     key,
-                    "merging takes the weight of the base instead; they differ when the vocabulary was resized",
+                    "merging takes the weight of the base instead; they differ when the vocabulary "
+                    "was resized",
                 )
         layout, deviations = label(
             self.explanation, any("alpha" in r.keys for r in parsed.records.values())
@@ -101,7 +108,7 @@ class Decoder:
             ndims,
         )
 
-    # one record ------------------------------------------------------------------------------------------------
+    # one record -----------------------------------------------------------------------------------
 
     def _tensor(self, key: str) -> torch.Tensor:
         if key not in self.tensors:
@@ -136,7 +143,8 @@ class Decoder:
         if left:
             name = sorted(left)[0]
             raise UsageError(
-                f"{record.keys[name]!r}: {algorithm} has no tensor {name!r}; expected {', '.join(kind.fields)}."
+                f"{record.keys[name]!r}: {algorithm} has no tensor {name!r}; expected "
+                f"{', '.join(kind.fields)}."
             )
         try:
             return kind(**own, **shared)
@@ -163,7 +171,9 @@ class Decoder:
         if "bias_scaled" in tensors:
             bias = tensors["bias_scaled"]
             change = bias if scale == 1.0 else bias.float() * scale
-            if "bias_value" in tensors:  # PEFT's bias="all" with lora_bias: a new value and a change of it
+            if (
+                "bias_value" in tensors
+            ):  # PEFT's bias="all" with lora_bias: a new value and a change of it
                 change = tensors["bias_value"].float() + change.float()
                 shared["bias_is_value"] = True
             shared["bias"] = change.to(bias.dtype)
@@ -197,6 +207,7 @@ def _axis(record: Record, value: torch.Tensor, out: int, into: int) -> str:
     if len(shape) >= 2 and shape[0] == 1 and shape[1] == value.numel():
         return "in"
     raise UsageError(
-        f"{record.keys['magnitude']!r}: the DoRA magnitude has shape {list(shape)}; expected [{out}, 1, …] for a norm "
+        f"{record.keys['magnitude']!r}: the DoRA magnitude has shape {list(shape)}; expected "
+        f"[{out}, 1, …] for a norm "
         f"per output or [1, {into}, …] for a norm per input."
     )

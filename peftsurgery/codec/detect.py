@@ -1,9 +1,8 @@
 """Detection is explanation: the architecture whose tables account for every module name wins.
 
-Each module name is resolved by container (how the name is prefixed and whether it is flattened), component and
-vocabulary. Ties are broken by pinned shapes, then by what the file says of itself in its metadata, then by asking.
-Only headers are looked at.
-"""
+Each module name is resolved by container (how the name is prefixed and whether it is flattened),
+component and vocabulary. Ties are broken by pinned shapes, then by what the file says of itself in
+its metadata, then by asking. Only headers are looked at."""
 
 from __future__ import annotations
 
@@ -31,7 +30,9 @@ STATED = {
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a module name of the file belongs: container, component, vocabulary, and the site in its table."""
+    """Where a module name of the file belongs: container, component, vocabulary, and the site in
+    its table.
+    """
 
     container: str
     component: str
@@ -62,7 +63,9 @@ class Explanation:
 
 
 def is_denoiser(component: str) -> bool:
-    """Whether a component is the model a layout's unprefixed names mean (not a text encoder or controlnet)."""
+    """Whether a component is the model a layout's unprefixed names mean (not a text encoder or
+    controlnet).
+    """
     return not component.startswith(("text_encoder", "controlnet"))
 
 
@@ -74,9 +77,8 @@ def denoiser(architecture: Architecture) -> Component:
 class Resolver:
     """Resolves module names of a file for one architecture.
 
-    `known`: module names of a base checkpoint (component -> dotted home names); with it, flattened names of any model
-    can be restored, because flattening is then a look-up.
-    """
+    `known`: module names of a base checkpoint (component -> dotted home names); with it, flattened
+    names of any model can be restored, because flattening is then a look-up."""
 
     def __init__(
         self,
@@ -175,7 +177,8 @@ class Resolver:
                 if name in self.clashes:
                     first, second = self.clashes[name]
                     raise UsageError(
-                        f"{name!r}: the module names {first!r} and {second!r} of the base flatten to it; a "
+                        f"{name!r}: the module names {first!r} and {second!r} of the base flatten "
+                        "to it; a "
                         "flattened layout cannot tell them apart."
                     )
                 return Placement("flat", component.name, component.home, site)
@@ -208,7 +211,9 @@ def _parameter_site(component: Component, column: str, module: str, parameter: s
 
 
 def respellings(name: str) -> list[str]:
-    """The name itself, and without diffusers' old attention-processor spelling (`…processor.to_q_lora`)."""
+    """The name itself, and without diffusers' old attention-processor spelling
+    (`…processor.to_q_lora`).
+    """
     from peftsurgery.layouts import OLD_ATTENTION
 
     names = [name]
@@ -228,8 +233,8 @@ def explain(
 ) -> Explanation:
     """Place every record of `parsed` in `architecture` and check its pinned shapes.
 
-    whole: go on after the first record that has no place; otherwise that one alone is in `unexplained`.
-    """
+    whole: go on after the first record that has no place; otherwise that one alone is in
+    `unexplained`."""
     resolver = Resolver(architecture, known, tensors)
     explanation = Explanation(architecture, parsed)
     control = "lora_controlnet" in parsed.carried or any(
@@ -267,18 +272,19 @@ def detect(
 ) -> Explanation:
     """The explanation that accounts for every module of the file.
 
-    Tried as the file stands, then after removing wrapper segments, then after undoing doubled prefixes; each repair
-    is counted in `parsed.repairs`. Families without a table take what none of these explains.
+    Tried as the file stands, then after removing wrapper segments, then after undoing doubled
+    prefixes; each repair is counted in `parsed.repairs`. Families without a table take what none of
+    these explains.
 
-    Raises UsageError naming the first keys the two best candidates cannot explain, or the candidates between which
-    shapes and metadata do not decide.
-    """
+    Raises UsageError naming the first keys the two best candidates cannot explain, or the
+    candidates between which shapes and metadata do not decide."""
     names = (architecture,) if architecture else architectures.ARCHITECTURES
     if not parsed.records:
         raise UsageError(
             f"{source}: no adapter tensors found among the keys"
             + (f", first {parsed.unknown[0]!r}" if parsed.unknown else " (the file is empty)")
-            + ". Expected LoRA, LoHa, LoKr, full or norm suffixes; a whole checkpoint is not an adapter."
+            + ". Expected LoRA, LoHa, LoKr, full or norm suffixes; a whole checkpoint is not an "
+            "adapter."
         )
     tables = [name for name in names if name in SPECIFIC]
     free = [name for name in names if name not in SPECIFIC]  # these accept nearly any dotted name
@@ -339,7 +345,8 @@ class AmbiguousArchitecture(UsageError):
         self.candidates = candidates
         names = ", ".join(e.architecture.name for e in candidates)
         super().__init__(
-            f"{source}: every key is explained by {names} alike, and no pinned shape or metadata decides. "
+            f"{source}: every key is explained by {names} alike, and no pinned shape or metadata "
+            "decides. "
             f"Pass --architecture with one of them."
         )
 
@@ -471,7 +478,9 @@ def _other_prefix(explanation: Explanation, layout: Layout) -> int:
 
 
 def find_prefix(layout: Layout, component: Component) -> str | None:
-    """What `layout` puts before a module name of `component`, separator included; None when it has no place for it."""
+    """What `layout` puts before a module name of `component`, separator included; None when it has
+    no place for it.
+    """
     if layout.container == "bare":
         return ""
     if layout.container == "peft":
@@ -491,7 +500,8 @@ def prefix_of(layout: Layout, component: Component) -> str:
     prefix = find_prefix(layout, component)
     if prefix is None:
         raise UnsupportedError(
-            f"the layout {layout.name!r} has no prefix for the component {component.name!r} of this "
+            f"the layout {layout.name!r} has no prefix for the component {component.name!r} of "
+            "this "
             "architecture."
         )
     return prefix

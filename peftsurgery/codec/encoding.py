@@ -20,7 +20,9 @@ from peftsurgery.layouts import Dialect, Layout, dialect_of, layout_named
 
 KOHYA_MODULES = {"lora": "networks.lora", "flux": "networks.lora_flux"}
 LORA_ONLY = "--algorithm lora --rank RULE rewrites it as a LoRA and states the loss"
-BAKED = "--base CHECKPOINT --algorithm lora --rank RULE (or --algorithm full) bakes it into the change"
+BAKED = (
+    "--base CHECKPOINT --algorithm lora --rank RULE (or --algorithm full) bakes it into the change"
+)
 DIFFERENCE = "--base CHECKPOINT writes it as the difference from the base"
 LEFT_OUT = "--drop PATTERN leaves it out on request"
 
@@ -334,7 +336,9 @@ class Encoder:
                 remedy = DIFFERENCE if "full" in dialect.algorithms else LEFT_OUT
             else:
                 remedy = _way_out([module]) if len(module.shape) > 1 else LEFT_OUT
-            what = "norm differences" if len(module.shape) == 1 and algorithm == "full" else algorithm
+            what = (
+                "norm differences" if len(module.shape) == 1 and algorithm == "full" else algorithm
+            )
             held = ", ".join(a for a in dialect.algorithms if a != "norm")
             raise Refused(f"{self.layout.title} has no keys for {what}; it holds {held}", remedy)
         missing = {"mid"} & set(module.tensors()) - set(fields or {})

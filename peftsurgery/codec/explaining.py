@@ -16,7 +16,9 @@ PLAIN = {"weight", "bias", "scale"}
 
 
 def open_adapter(source: str | Path, *, allow_pickle: bool = False) -> Checkpoint:
-    """Open an adapter. A lone `adapter_model.safetensors` is opened with the adapter_config.json beside it."""
+    """Open an adapter. A lone `adapter_model.safetensors` is opened with the adapter_config.json
+    beside it.
+    """
     path = Path(source)
     if path.name == WEIGHTS and (path.parent / CONFIG).is_file():
         return open_checkpoint(path.parent, allow_pickle=allow_pickle)
@@ -29,20 +31,25 @@ def explain_checkpoint(
     architecture: str | None = None,
     known: Mapping[str, Iterable[str]] | None = None,
 ) -> Explanation:
-    """Detection from headers alone. Raises UsageError or UnsupportedError as `parse` and `detect` do."""
+    """Detection from headers alone. Raises UsageError or UnsupportedError as `parse` and `detect`
+    do.
+    """
     source = checkpoint.source
     parsed = parse(checkpoint, source)
     if parsed.unknown:
         first = parsed.unknown[0]
         if parsed.records:
             raise UsageError(
-                f"{source}: {len(parsed.unknown)} of {len(checkpoint)} keys have no adapter suffix, first {first!r}. "
+                f"{source}: {len(parsed.unknown)} of {len(checkpoint)} keys have no adapter "
+                f"suffix, first {first!r}. "
                 "Expected suffixes of LoRA, LoHa, LoKr, full, norm or modules_to_save tensors."
             )
     if parsed.records and all(r.suffixes <= PLAIN for r in parsed.records.values()):
         raise UsageError(
-            f"{source}: all {len(checkpoint)} keys are plain weights, first {next(iter(checkpoint))!r}; this is a checkpoint "
-            "(or a part of one), not an adapter. Expected LoRA, LoHa, LoKr, full or norm suffixes; --base takes checkpoints."
+            f"{source}: all {len(checkpoint)} keys are plain weights, first "
+            f"{next(iter(checkpoint))!r}; this is a checkpoint "
+            "(or a part of one), not an adapter. Expected LoRA, LoHa, LoKr, full or norm suffixes; "
+            "--base takes checkpoints."
         )
     return detect(
         parsed,

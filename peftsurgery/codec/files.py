@@ -33,9 +33,9 @@ def load_adapter(
 ) -> Adapter:
     """The canonical adapter of a file, folder or hub id, whatever its layout.
 
-    base: the checkpoint it was trained on; its module list restores flattened names of models without a table.
-    Raises UsageError, UnsupportedError or UnsafeInputError naming file, key, expectation and remedy.
-    """
+    base: the checkpoint it was trained on; its module list restores flattened names of models
+    without a table. Raises UsageError, UnsupportedError or UnsafeInputError naming file, key,
+    expectation and remedy."""
     known = None if base is None else base_names(open_checkpoint(base))
     return decode(
         open_adapter(source, allow_pickle=allow_pickle), architecture=architecture, known=known
@@ -62,10 +62,11 @@ def save_adapter(
 def write_encoded(
     encoded: Encoded, path: Path, layout: str, overwrite: bool = False, *, sync: bool = True
 ) -> tuple[Path, ...]:
-    """Write what `encode` made, atomically: a file by rename, a folder by renaming a complete one into place.
+    """Write what `encode` made, atomically: a file by rename, a folder by renaming a complete one
+    into place.
 
-    sync: wait for the disk; without it the caller flushes the files (see `flushing`) before they are published.
-    """
+    sync: wait for the disk; without it the caller flushes the files (see `flushing`) before they
+    are published."""
     row = layout_named(layout)
     if row.alpha != "config":
         if path.is_dir():
@@ -93,7 +94,9 @@ def write_encoded(
 
 @contextlib.contextmanager
 def flushing(staged: Path) -> Iterator[None]:
-    """The disk writes the file, or every file of the folder, while the block runs, and is done when it ends."""
+    """The disk writes the file, or every file of the folder, while the block runs, and is done when
+    it ends.
+    """
 
     def flush() -> None:
         files = [f for f in staged.rglob("*") if f.is_file()] if staged.is_dir() else [staged]
@@ -111,7 +114,9 @@ def flushing(staged: Path) -> Iterator[None]:
 
 
 def publish(staged: Path, path: Path, *, overwrite: bool) -> tuple[Path, ...]:
-    """Rename a complete file or folder into place. In an existing folder only files of the same name are replaced."""
+    """Rename a complete file or folder into place. In an existing folder only files of the same
+    name are replaced.
+    """
     if path.exists() and not overwrite:
         raise UsageError(f"{path}: exists. Pass --overwrite to replace it.")
     if not staged.is_dir():
@@ -147,11 +152,11 @@ def ordered(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def kohya_hashes(
     tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 ) -> dict[str, str]:
-    """`sshs_model_hash` and `sshs_legacy_hash` of a Kohya file (sd-scripts `library/train_util.py`).
+    """`sshs_model_hash` and `sshs_legacy_hash` of a Kohya file (sd-scripts
+    `library/train_util.py`).
 
-    Both are of a serialisation that carries the `ss_*` metadata only: SHA-256 of everything behind its header, and the
-    first 8 hex digits of the SHA-256 of 64 KiB at offset 1 MiB.
-    """
+    Both are of a serialisation that carries the `ss_*` metadata only: SHA-256 of everything behind
+    its header, and the first 8 hex digits of the SHA-256 of 64 KiB at offset 1 MiB."""
     kept = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     header, order = serialized_header(ordered(tensors), kept)
     digest = hashlib.sha256()

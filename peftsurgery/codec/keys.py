@@ -1,9 +1,8 @@
 """From a key to (module name, field): the suffix grammar of every dialect, read liberally.
 
-Nothing here knows an architecture: a key is cut at its longest known suffix, and keys with the same head form one
-`Record`. Suffixes of algorithms that are known but not handled are recognised by name, so the error can say what
-the file is.
-"""
+Nothing here knows an architecture: a key is cut at its longest known suffix, and keys with the same
+head form one `Record`. Suffixes of algorithms that are known but not handled are recognised by
+name, so the error can say what the file is."""
 
 from __future__ import annotations
 
@@ -131,7 +130,9 @@ class Record:
 
 @dataclass
 class Parsed:
-    """All keys of a file: records by module name, tensors carried as they are, and what was repaired or skipped."""
+    """All keys of a file: records by module name, tensors carried as they are, and what was
+    repaired or skipped.
+    """
 
     records: dict[str, Record]
     carried: list[str]
@@ -156,7 +157,9 @@ def split(key: str) -> tuple[str, str, str, str] | None:
 
 
 def unsupported_algorithm(key: str) -> str | None:
-    """The name of the algorithm whose suffix `key` has, when it is one this version does not handle."""
+    """The name of the algorithm whose suffix `key` has, when it is one this version does not
+    handle.
+    """
     if _ANY_UNSUPPORTED.search(key) is None:  # one search for the usual key instead of forty
         return None
     return next((name for pattern, name in _UNSUPPORTED if pattern.search(key)), None)
@@ -165,9 +168,8 @@ def unsupported_algorithm(key: str) -> str | None:
 def parse(keys: Iterable[str], source: str = "") -> Parsed:
     """Cut every key of a file into records.
 
-    Raises UnsupportedError (exit 3) naming the algorithm when the file holds one that is recognised but not handled,
-    UsageError when it holds several named adapters or one module twice.
-    """
+    Raises UnsupportedError (exit 3) naming the algorithm when the file holds one that is recognised
+    but not handled, UsageError when it holds several named adapters or one module twice."""
     parsed = Parsed({}, [], [], [], {})
     foreign: dict[str, list[str]] = {}
     names: set[str] = set()
@@ -214,7 +216,9 @@ def _saved_twice(key: str, present: set[str]) -> bool:
 
 
 def _base_copies(parsed: Parsed) -> None:
-    """PEFT saves an adapted embedding's own weight beside its LoRA: carried. Alone it is the module's new value."""
+    """PEFT saves an adapted embedding's own weight beside its LoRA: carried. Alone it is the
+    module's new value.
+    """
     for record in parsed.records.values():
         if (key := record.keys.pop("base_weight", None)) is None:
             continue
@@ -243,12 +247,14 @@ def _add(parsed: Parsed, key: str, module: str, algorithm: str, name: str, suffi
     record = parsed.records.setdefault(module, Record(module))
     if name in record.keys:
         raise UsageError(
-            f"{key!r}: the module {module!r} already has its {name} from {record.keys[name]!r}; expected each once."
+            f"{key!r}: the module {module!r} already has its {name} from {record.keys[name]!r}; "
+            "expected each once."
         )
     if algorithm:
         if record.algorithm and record.algorithm != algorithm:
             raise UnsupportedError(
-                f"{key!r}: the module {module!r} carries both {record.algorithm} and {algorithm} tensors; "
+                f"{key!r}: the module {module!r} carries both {record.algorithm} and {algorithm} "
+                "tensors; "
                 "one algorithm per module is supported. Split the file into two adapters."
             )
         record.algorithm = algorithm
@@ -259,7 +265,8 @@ def _add(parsed: Parsed, key: str, module: str, algorithm: str, name: str, suffi
 
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-# "module" (DDP) and "base_layer" (an adapter on an adapted layer) are ordinary words elsewhere in a name
+# "module" (DDP) and "base_layer" (an adapter on an adapted layer) are ordinary words elsewhere in a
+# name
 _DDP = re.compile(
     r"^((?:base_model\.model|diffusion_model|(?:unet|transformer|text_encoder|controlnet)\w*)\.)?module\."
 )
@@ -279,7 +286,9 @@ DOUBLED = (
 
 
 def strip_wrappers(module: str) -> tuple[str, str | None]:
-    """Remove torch.compile, DDP, FSDP, checkpoint and PEFT wrapper segments; returns (name, what was removed)."""
+    """Remove torch.compile, DDP, FSDP, checkpoint and PEFT wrapper segments; returns (name, what
+    was removed).
+    """
     if "." not in module:  # flattened names carry the wrapper as a prefix of the body
         for wrapper in WRAPPERS:
             if f"_{wrapper}_" in module:
@@ -297,7 +306,9 @@ def strip_wrappers(module: str) -> tuple[str, str | None]:
 
 
 def strip_doubled(module: str) -> tuple[str, str | None]:
-    """Undo a doubled prefix, or a trailing underscore some converters leave; returns (name, what was wrong)."""
+    """Undo a doubled prefix, or a trailing underscore some converters leave; returns (name, what
+    was wrong).
+    """
     for wrong, right in DOUBLED:
         if module.startswith(wrong):
             return right + module[len(wrong) :], wrong
@@ -307,7 +318,9 @@ def strip_doubled(module: str) -> tuple[str, str | None]:
 
 
 def repaired(parsed: Parsed, stage: str) -> Parsed:
-    """`parsed` with every module name put through one repair; counts by what was removed in `repairs`."""
+    """`parsed` with every module name put through one repair; counts by what was removed in
+    `repairs`.
+    """
     strip = {"wrappers": strip_wrappers, "doubled": strip_doubled}[stage]
     records: dict[str, Record] = {}
     repairs = dict(parsed.repairs)
@@ -321,7 +334,8 @@ def repaired(parsed: Parsed, stage: str) -> Parsed:
         if clash := set(target.keys) & set(record.keys):
             first = next(iter(clash))
             raise UsageError(
-                f"{record.keys[first]!r}: after removing {what!r} the module {name!r} has its {first} twice "
+                f"{record.keys[first]!r}: after removing {what!r} the module {name!r} has its "
+                f"{first} twice "
                 f"(also {target.keys[first]!r}). Remove one of the two."
             )
         target.keys.update(record.keys)
@@ -335,11 +349,11 @@ def repaired(parsed: Parsed, stage: str) -> Parsed:
 def rank_and_shape(
     record: Record, tensors: Mapping[str, HeaderTensor]
 ) -> tuple[int | None, tuple[int, int]]:
-    """(rank, (out, in)) of a record from shapes alone; `in` counts input channels, kernel excluded where it is known.
+    """(rank, (out, in)) of a record from shapes alone; `in` counts input channels, kernel excluded
+    where it is known.
 
-    LoKr with both factors full has no rank (None). For a 1-D tensor `in` is 1. LoHa without Tucker on a convolution
-    gives in·k, because its factors do not tell the kernel.
-    """
+    LoKr with both factors full has no rank (None). For a 1-D tensor `in` is 1. LoHa without Tucker
+    on a convolution gives in·k, because its factors do not tell the kernel."""
 
     def shape(name: str) -> tuple[int, ...]:
         return tuple(tensors[record.keys[name]].shape)
@@ -354,15 +368,19 @@ def rank_and_shape(
         down, up = shape("down"), shape("up")
         if len(down) < 2 or len(up) < 2:
             raise UsageError(
-                f"{have['down']!r}: has shape {list(down)} and {have['up']!r} {list(up)}; expected matrices. This is "
-                "what an un-gathered sharded (ZeRO/FSDP) save leaves; save again from gathered parameters."
+                f"{have['down']!r}: has shape {list(down)} and {have['up']!r} {list(up)}; expected "
+                "matrices. This is "
+                "what an un-gathered sharded (ZeRO/FSDP) save leaves; save again from gathered "
+                "parameters."
             )
         empty = 0 in (*down, *up)
         if empty or ("mid" not in have and up[1] != down[0]):
             wrong = "have no elements" if empty else "have different ranks"
             raise UsageError(
-                f"{have['down']!r} {list(down)} and {have['up']!r} {list(up)}: {wrong}; expected (rank, in) and "
-                "(out, rank). One process's slice of a sharded (ZeRO/FSDP) save looks like this; save again from "
+                f"{have['down']!r} {list(down)} and {have['up']!r} {list(up)}: {wrong}; expected "
+                "(rank, in) and "
+                "(out, rank). One process's slice of a sharded (ZeRO/FSDP) save looks like this; "
+                "save again from "
                 "gathered parameters."
             )
         return down[0], (up[0], down[1])
@@ -379,7 +397,8 @@ def rank_and_shape(
     if bias is not None:
         return None, (tensors[bias].shape[0] if tensors[bias].shape else 1, 1)
     raise UsageError(
-        f"{next(iter(have.values()))!r}: the module {record.module!r} has {sorted(have)} but no tensor to apply; "
+        f"{next(iter(have.values()))!r}: the module {record.module!r} has {sorted(have)} but no "
+        "tensor to apply; "
         "the file is incomplete."
     )
 
@@ -410,7 +429,8 @@ def _need(record: Record, *names: str) -> None:
     if missing:
         have = ", ".join(repr(key) for key in record.keys.values())
         raise UsageError(
-            f"{record.module!r}: {record.algorithm} needs {', '.join(missing)} beside {have}; the file is incomplete."
+            f"{record.module!r}: {record.algorithm} needs {', '.join(missing)} beside {have}; the "
+            "file is incomplete."
         )
 
 

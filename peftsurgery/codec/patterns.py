@@ -11,12 +11,13 @@ _PLAIN = re.compile(r"\^?[\w.-]*[\w-]")  # no operator but the dot, which stands
 
 
 class Patterns:
-    """pattern -> number, matched on module paths as PEFT does: `(.*\\.)?(pattern)$`, first match wins.
+    """pattern -> number, matched on module paths as PEFT does: `(.*\\.)?(pattern)$`, first match
+    wins.
 
-    A dynamically resized adapter has a pattern for each of a thousand modules, and compiling and trying a regular
-    expression for every pair takes minutes. Patterns without operators are therefore compared as text, and only those
-    that end like the path. Raises UsageError for a pattern that is no regular expression.
-    """
+    A dynamically resized adapter has a pattern for each of a thousand modules, and compiling and
+    trying a regular expression for every pair takes minutes. Patterns without operators are
+    therefore compared as text, and only those that end like the path. Raises UsageError for a
+    pattern that is no regular expression."""
 
     def __init__(self, values: Mapping[str, float], source: str) -> None:
         self._plain: dict[str, list[tuple[int, str, float]]] = {}  # text behind the last dot -> …

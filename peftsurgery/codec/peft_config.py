@@ -1,4 +1,6 @@
-"""adapter_config.json and diffusers' lora_adapter_metadata: exact rank, alpha and flags of what is written."""
+"""adapter_config.json and diffusers' lora_adapter_metadata: exact rank, alpha and flags of what is
+written.
+"""
 
 from __future__ import annotations
 
@@ -36,9 +38,9 @@ def build(
 ) -> dict[str, object]:
     """The adapter_config.json that makes PEFT build exactly these modules with these scales.
 
-    modules: dotted path -> adapter. Raises UnsupportedError when no single PEFT config can say it: several algorithms,
-    DoRA on some modules only, LoKr factors that PEFT's factorisation rule would not produce.
-    """
+    modules: dotted path -> adapter. Raises UnsupportedError when no single PEFT config can say it:
+    several algorithms, DoRA on some modules only, LoKr factors that PEFT's factorisation rule would
+    not produce."""
     trained = {tail(p): m for p, m in modules.items() if m.algorithm in ("lora", "loha", "lokr")}
     values = {p: m for p, m in modules.items() if m.algorithm == "set"}
     kinds = {m.algorithm for m in trained.values()}
@@ -49,7 +51,8 @@ def build(
         )
     if len(kinds) != 1:
         raise UnsupportedError(
-            f"a PEFT folder holds one algorithm, and {component!r} has {', '.join(sorted(kinds)) or 'none'}. "
+            f"a PEFT folder holds one algorithm, and {component!r} has "
+            f"{', '.join(sorted(kinds)) or 'none'}. "
             "--algorithm lora makes them one."
         )
     kind = kinds.pop()
@@ -172,7 +175,8 @@ def _lora_flags(config: dict[str, object], modules: Mapping[str, WeightAdapter])
     dora = [m.magnitude is not None for m in modules.values()]
     if any(dora) and not all(dora):
         raise UnsupportedError(
-            f"PEFT's use_dora is one switch for all modules, and {sum(dora)} of {len(dora)} carry a magnitude. "
+            f"PEFT's use_dora is one switch for all modules, and {sum(dora)} of {len(dora)} carry "
+            "a magnitude. "
             "--base with --algorithm lora bakes it in."
         )
     config["use_dora"] = any(dora)
@@ -217,7 +221,8 @@ def _check_lokr(config: Mapping[str, object], modules: Mapping[str, LoKr]) -> No
         for name, expected in full.items():
             if (name in own) != expected:
                 raise UnsupportedError(
-                    f"{path!r}: PEFT wants lokr_{name} {'whole' if expected else 'factored'} at r = {r}, "
+                    f"{path!r}: PEFT wants lokr_{name} {'whole' if expected else 'factored'} at r "
+                    f"= {r}, "
                     f"and it is {'whole' if name in own else 'factored'} here. "
                     "--algorithm lora rewrites it as a LoRA."
                 )
@@ -230,13 +235,15 @@ def _factor(modules: Mapping[str, LoKr]) -> int:
     candidates += [c for (_, _, c, _) in shapes.values()]
     for factor in dict.fromkeys(candidates):
         if all(
-            factorization(a * b, factor, ordered=False) == (a, b) and factorization(c * d, factor, ordered=False) == (c, d)
+            factorization(a * b, factor, ordered=False) == (a, b)
+            and factorization(c * d, factor, ordered=False) == (c, d)
             for a, b, c, d in shapes.values()
         ):
             return factor
     path, (a, b, c, d) = next(iter(shapes.items()))
     raise UnsupportedError(
-        f"{path!r}: LoKr blocks {a}x{c} and {b}x{d} fit no single decompose_factor, and PEFT has one for all modules. "
+        f"{path!r}: LoKr blocks {a}x{c} and {b}x{d} fit no single decompose_factor, and PEFT has "
+        "one for all modules. "
         "--algorithm lora rewrites it as a LoRA."
     )
 
@@ -244,7 +251,8 @@ def _factor(modules: Mapping[str, LoKr]) -> int:
 def diffusers_metadata(
     written: Mapping[str, Mapping[str, WeightAdapter]],
 ) -> dict[str, object] | None:
-    """The `component.field` mapping diffusers packs into lora_adapter_metadata; None when every scale is 1.
+    """The `component.field` mapping diffusers packs into lora_adapter_metadata; None when every
+    scale is 1.
 
     diffusers takes alpha = rank for every module without it (`utils/peft_utils.py`).
     """

@@ -1,4 +1,6 @@
-"""From one record of a file to home modules: row operators undone, fused weights split where the algebra allows."""
+"""From one record of a file to home modules: row operators undone, fused weights split where the
+algebra allows.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,8 @@ from peftsurgery.errors import CannotFuse, CannotSplit, UnsupportedError, UsageE
 def place(site: Site, adapter: WeightAdapter, source: str = "") -> dict[str, WeightAdapter]:
     """The home modules of a record at `site`: path -> adapter.
 
-    One that cannot be split stays whole under its group name, one whose operator cannot be undone keeps the operator's
-    mark. Raises UsageError when the rows do not divide as the site says.
-    """
+    One that cannot be split stays whole under its group name, one whose operator cannot be undone
+    keeps the operator's mark. Raises UsageError when the rows do not divide as the site says."""
     mark = ""
     if site.operator == "swap_halves":
         try:
@@ -58,7 +59,9 @@ def _untouched(adapter: WeightAdapter) -> bool:
 
 
 def ungroup(adapter: Adapter) -> dict[str, str]:
-    """Split the records that stayed on a group and can be split now (another algorithm); new path -> old path."""
+    """Split the records that stayed on a group and can be split now (another algorithm); new path
+    -> old path.
+    """
     architecture = architectures.get(adapter.architecture)
     origin: dict[str, str] = {}
     for path in [p for p in adapter.modules if is_group(p)]:

@@ -1,9 +1,10 @@
-"""Scales: the file conventions of alpha, rs-LoRA and patterns, resolved on reading and restored on writing.
+"""Scales: the file conventions of alpha, rs-LoRA and patterns, resolved on reading and restored on
+writing.
 
-ΔW = scale · (product of the factors). Files say alpha and rank: scale = alpha / rank, or alpha / √rank with rs-LoRA in
-a PEFT config (arXiv 2312.03732); LyCORIS stores alpha already multiplied by √rank. A missing alpha means scale 1.
-LoKr with both factors full has scale 1 in LyCORIS whatever alpha says, and alpha / r in PEFT.
-"""
+ΔW = scale · (product of the factors). Files say alpha and rank: scale = alpha / rank, or alpha /
+√rank with rs-LoRA in a PEFT config (arXiv 2312.03732); LyCORIS stores alpha already multiplied by
+√rank. A missing alpha means scale 1. LoKr with both factors full has scale 1 in LyCORIS whatever
+alpha says, and alpha / r in PEFT."""
 
 from __future__ import annotations
 
@@ -78,7 +79,8 @@ def check_alpha(alpha: float, key: str) -> list[Finding]:
 
 
 class ConfigScales:
-    """Alpha and rank of every module according to a PEFT config (adapter_config.json or diffusers metadata).
+    """Alpha and rank of every module according to a PEFT config (adapter_config.json or diffusers
+    metadata).
 
     Patterns match as PEFT does it: `(.*\\.)?(pattern)$` on the module path, first match wins.
     """
@@ -114,7 +116,9 @@ def _pattern(config: Mapping[str, object], name: str, source: str) -> Patterns:
 
 
 def diffusers_configs(metadata: Mapping[str, str], source: str) -> dict[str, dict[str, object]]:
-    """`lora_adapter_metadata` unpacked: component -> PEFT config fields (diffusers `loaders/lora_base.py`)."""
+    """`lora_adapter_metadata` unpacked: component -> PEFT config fields (diffusers
+    `loaders/lora_base.py`).
+    """
     text = metadata.get("lora_adapter_metadata")
     if not text:
         return {}
@@ -141,8 +145,8 @@ def common(values: list[float]) -> float:
 def patterns(values: Mapping[str, float], default: float) -> dict[str, float]:
     """Pattern entries for the modules that differ from `default`.
 
-    PEFT matches `(.*\\.)?(pattern)$`, so a name that is also the tail of another module's name is anchored with `^`.
-    """
+    PEFT matches `(.*\\.)?(pattern)$`, so a name that is also the tail of another module's name is
+    anchored with `^`."""
     tails = {path[index + 1 :] for path in values for index, char in enumerate(path) if char == "."}
     return {
         ("^" + path if "." not in path or path in tails else path): value

@@ -60,7 +60,9 @@ class Renderer:
     def __init__(self, target: Target, settings: Settings) -> None:
         self.target = target
         self.settings = settings
-        self.dtype = torch_dtype(output_dtype(target, settings))
+        dtype = torch_dtype(output_dtype(target, settings))
+        assert dtype is not None  # the plan refuses what torch does not have
+        self.dtype = dtype
         self.whole: Tensor | None = None
         self.base: Tensor | None = None
         self.operations: list[tuple[Edit, RowOperation]] = []

@@ -2,9 +2,8 @@
 
     save(encode(decode(open(src))))
 
-Every key of the source is accounted for (mapped, folded, carried, left out on request) and ΔW of every module of the
-written file is compared with the source before the report says ok.
-"""
+Every key of the source is accounted for (mapped, folded, carried, left out on request) and ΔW of
+every module of the written file is compared with the source before the report says ok."""
 
 from __future__ import annotations
 
@@ -58,7 +57,9 @@ class ConvertReport(Report):
 
 @contextlib.contextmanager
 def _collector_paused() -> Iterator[None]:
-    """No cyclic garbage collection: thousands of objects are made and kept; each pass finds nothing."""
+    """No cyclic garbage collection: thousands of objects are made and kept; each pass finds
+    nothing.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -87,20 +88,21 @@ def convert(
     allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> ConvertReport:
-    """Rewrite the adapter `src` as `dst` in the layout `to`; see `peftsurgery convert --help` for the options.
+    """Rewrite the adapter `src` as `dst` in the layout `to`; see `peftsurgery convert --help` for
+    the options.
 
-    algorithm: "lora" fits every module as a LoRA (`rank`: a rule, or None for the exact factorisation), "full" writes
-    the dense change. Modules whose change depends on the weight (DoRA, replaced weights) then need `base`.
-    drop: patterns of keys or module paths to leave out. only: components to keep.
+    algorithm: "lora" fits every module as a LoRA (`rank`: a rule, or None for the exact
+    factorisation), "full" writes the dense change. Modules whose change depends on the weight
+    (DoRA, replaced weights) then need `base`. drop: patterns of keys or module paths to leave out.
+    only: components to keep.
 
-    Raises UsageError, UnsupportedError or UnsafeInputError before anything is written; CheckFailed when the file that
-    was written does not read back as the source (it is removed then).
-    """
+    Raises UsageError, UnsupportedError or UnsafeInputError before anything is written; CheckFailed
+    when the file that was written does not read back as the source (it is removed then)."""
     _check_options(to, algorithm, rank, dtype, alpha)
     dst = Path(dst)
     source = open_adapter(src, allow_pickle=allow_pickle)
     refuse_pending(source)
-    _check_target(source, dst, overwrite)
+    _check_target(source, dst, overwrite, to)
     kept = _without(source, drop)
     hashing = _Hashing(source, enabled=not dry_run)
     weights, known = _base(base, architecture, kept)
@@ -116,7 +118,8 @@ def convert(
     if algorithm is not None:
         if dry_run:
             raise UsageError(
-                "--dry-run reads headers only, and --algorithm needs the values; leave one of them out."
+                "--dry-run reads headers only, and --algorithm needs the values; leave one of them "
+                "out."
             )
         losses = refit(adapter, algorithm, rank, weights, progress)
     if weights is not None:
@@ -130,6 +133,15 @@ def convert(
     _summarise(report, adapter, original_layout, to, encoded)
     if dry_run:
         _plan(report, encoded)
+        if any(len(paths) > 1 for paths in encoded.sources.values()):
+            report.findings.append(
+                Finding(
+                    "info",
+                    "ranks-not-read",
+                    "modules are fused: the ranks shown are the largest possible; parts with the "
+                    "same input side share it",
+                )
+            )
         report.summary["written"] = "nothing (--dry-run)"
         return report
     report.inputs.update(hashing.result())
@@ -145,7 +157,7 @@ def convert(
     return report
 
 
-# options -------------------------------------------------------------------------------------------------------------
+# options ------------------------------------------------------------------------------------------
 
 
 def _check_options(
@@ -166,10 +178,18 @@ def _check_options(
         )
 
 
-def _check_target(source: Checkpoint, dst: Path, overwrite: bool) -> None:
+def _check_target(source: Checkpoint, dst: Path, overwrite: bool, to: str) -> None:
     taken = {path.resolve() for path in (*source.files, source.path)}
     if dst.resolve() in taken:
         raise UsageError(f"{dst}: is the input. Give another output path.")
+    row = layout_named(to)
+    if row.alpha == "config":
+        if dst.suffix in (".safetensors", ".sft"):
+            raise UsageError(
+                f"{dst}: {row.title} is a folder; give a folder name without {dst.suffix}."
+            )
+    elif dst.is_dir():
+        raise UsageError(f"{dst}: is a folder; {row.title} is one file. Give a file name.")
     if dst.exists() and not overwrite:
         raise UsageError(f"{dst}: exists. Pass --overwrite to replace it.")
 
@@ -187,8 +207,11 @@ def _base(
     return BaseWeights(opened, architectures.get(architecture)), known
 
 
+READ_ANYWAY = (".alpha", ".reshape_weight")  # numbers that decide how the file is to be read
+
+
 class _Headers(Checkpoint):
-    """A checkpoint whose large tensors stay on the meta device: shapes and dtypes only."""
+    """A checkpoint whose tensors stay on the meta device: shapes and dtypes only."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(
@@ -204,7 +227,7 @@ class _Headers(Checkpoint):
 
     def __getitem__(self, name: str):
         tensor = super().__getitem__(name)
-        return tensor if tensor.nbytes <= 64 else _Outline(tensor)
+        return tensor if name.endswith(READ_ANYWAY) else _Outline(tensor)
 
 
 class _Outline:
@@ -249,7 +272,8 @@ def _filter(
         unknown = [c for c in only if c not in adapter.components]
         if unknown:
             raise UsageError(
-                f"--only {unknown[0]}: the adapter has no such component; it has {', '.join(adapter.components)}."
+                f"--only {unknown[0]}: the adapter has no such component; it has "
+                f"{', '.join(adapter.components)}."
             )
     removed = {
         path: module
@@ -276,12 +300,13 @@ def _dead(adapter: Adapter) -> list[Finding]:
             "dead-modules",
             f"{len(dead)} of {len(adapter.modules)} modules are all zero and do nothing",
             dead[0],
-            "expected for modules that were not trained; otherwise the trained values were lost on saving",
+            "expected for modules that were not trained; otherwise the trained values were lost on "
+            "saving",
         )
     ]
 
 
-# writing -----------------------------------------------------------------------------------------------------------
+# writing ------------------------------------------------------------------------------------------
 
 
 def _cast(encoded: Encoded, dtype: torch.dtype, source: Checkpoint) -> None:
@@ -324,7 +349,7 @@ def _workers() -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(count)
 
 
-# the report ------------------------------------------------------------------------------------------------------------
+# the report ---------------------------------------------------------------------------------------
 
 
 def _account(
@@ -442,12 +467,14 @@ class _Hashing:
         return self._digests
 
 
-# the proof -------------------------------------------------------------------------------------------------------------
+# the proof ----------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def _staged(dst: Path) -> Iterator[Path]:
-    """A path beside `dst` to write to and check; whatever is left there when the block ends is removed."""
+    """A path beside `dst` to write to and check; whatever is left there when the block ends is
+    removed.
+    """
     dst.parent.mkdir(parents=True, exist_ok=True)
     staged = dst.with_name(f".{dst.stem}.{secrets.token_hex(6)}{dst.suffix}")
     try:
@@ -467,7 +494,9 @@ def _prove(
     losses: Mapping[str, float],
     progress: Progress | None,
 ) -> float:
-    """Reopen and decode `dst`, compare every module with the source; returns the largest relative error."""
+    """Reopen and decode `dst`, compare every module with the source; returns the largest relative
+    error.
+    """
     known = {c: list(adapter.of(c)) for c in adapter.components}
     written = open_adapter(dst)
     again = decode(written, architecture=adapter.architecture, known=_plain(known))
@@ -540,7 +569,8 @@ def _failure(
     reasons = []
     if over:
         reasons.append(
-            f"ΔW of {len(over)} modules moved by more than the dtype's rounding, worst {worst_path!r} by {worst:.3g}"
+            f"ΔW of {len(over)} modules moved by more than the dtype's rounding, worst "
+            f"{worst_path!r} by {worst:.3g}"
         )
     if extra:
         reasons.append(
@@ -549,6 +579,7 @@ def _failure(
     if missing:
         reasons.append(f"{len(missing)} carried tensors are missing, first {missing[0]!r}")
     return (
-        f"the written file does not read back as the source: {'; '.join(reasons)}. Nothing was kept. A wider --dtype "
+        f"the written file does not read back as the source: {'; '.join(reasons)}. Nothing was "
+        "kept. A wider --dtype "
         "(fp32) keeps more."
     )

@@ -139,8 +139,7 @@ class Facing:
         return found
 
     def _experts(self, home: str, shape: tuple[int, ...]) -> list[Stored]:
-        """The single experts of a stack (E, rows, columns) that the merged checkpoint keeps apart.
-        """
+        """The single experts of a stack (E, rows, columns), where the file keeps them apart."""
         match = _STACK.fullmatch(home)
         if match is None or len(shape) != 3:
             return []

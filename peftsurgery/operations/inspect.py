@@ -1,7 +1,7 @@
 """inspect: what a file is, from headers alone; norms on request; coverage against a base.
 
-Nothing here needs torch unless norms are asked for: an adapter of any size is described in a fraction of a second.
-"""
+Nothing here needs torch unless norms are asked for: an adapter of any size is described in a
+fraction of a second."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ from peftsurgery.reports import Report, Row
 
 @dataclass(frozen=True)
 class InspectReport(Report):
-    """Report of an inspection; `layout` and `architecture` are what detection found ("" when undecided)."""
+    """Report of an inspection; `layout` and `architecture` are what detection found ("" when
+    undecided).
+    """
 
     layout: str = ""
     architecture: str = ""
@@ -39,13 +41,14 @@ def inspect(
     allow_pickle: bool = False,
     norms: bool = False,
 ) -> InspectReport:
-    """Describe an adapter: layout, architecture, algorithm, rank and scale per module, and who will load it.
+    """Describe an adapter: layout, architecture, algorithm, rank and scale per module, and who will
+    load it.
 
-    norms: read the factors and add ||ΔW||_F per module and the energy (its square) per block. base: a checkpoint; the
-    report then says which modules it covers.
+    norms: read the factors and add ||ΔW||_F per module and the energy (its square) per block. base:
+    a checkpoint; the report then says which modules it covers.
 
-    Raises UsageError when keys cannot be explained, UnsupportedError for algorithms this version does not handle.
-    """
+    Raises UsageError when keys cannot be explained, UnsupportedError for algorithms this version
+    does not handle."""
     checkpoint = open_adapter(path, allow_pickle=allow_pickle)
     explanation, others = _explain(checkpoint, base, architecture)
     conventions = Conventions(checkpoint, explanation)
@@ -109,7 +112,9 @@ def _explain(
 
 
 def _unresolved(checkpoint: Checkpoint) -> Explanation | None:
-    """A file of flattened names of an unknown family can still be described, module by module, under its own names."""
+    """A file of flattened names of an unknown family can still be described, module by module,
+    under its own names.
+    """
     parsed = parse(checkpoint, checkpoint.source)
     flat = [m for m in parsed.records if "." not in m and m.startswith(("lora_", "lycoris_"))]
     if not parsed.records or parsed.unknown or len(flat) != len(parsed.records):
@@ -252,7 +257,9 @@ def _metadata(checkpoint: Checkpoint) -> list[Row]:
 
 
 def block_of(path: str) -> str:
-    """The block a module belongs to: its path up to and including the second number, or the first if there is one."""
+    """The block a module belongs to: its path up to and including the second number, or the first
+    if there is one.
+    """
     component, _, inner = path.partition(":")
     segments = inner.split(".")
     numbers = [i for i, s in enumerate(segments) if s.isdigit()]
@@ -292,7 +299,7 @@ def _norms(
     for row in rows:
         path = str(row["module"])
         component, _, inner = path.partition(":")
-        found = [sizes[p] for p in (path, *_members(component, inner)) if p in sizes]
+        found = [sizes[p] for p in {path, *_members(component, inner)} if p in sizes]
         known = [size for size in found if size is not None]
         row["norm"] = math.hypot(*known) if known else None
     total = sum(energy.values()) or 1.0

@@ -1,9 +1,10 @@
-"""Which programs will load a file, and why not: rules per program, in the words of their own loaders.
+"""Which programs will load a file, and why not: rules per program, in the words of their own
+loaders.
 
-Sources: diffusers `loaders/lora_conversion_utils.py` and `lora_pipeline.py`, ComfyUI `comfy/lora.py` and
-`comfy/weight_adapter/`, sd-scripts `networks/`, InvokeAI `lora_conversions/`, PEFT `utils/save_and_load.py`, LyCORIS
-`wrapper.py`, vLLM's LoRA loader; stated for the versions of late 2025 to mid 2026.
-"""
+Sources: diffusers `loaders/lora_conversion_utils.py` and `lora_pipeline.py`, ComfyUI
+`comfy/lora.py` and `comfy/weight_adapter/`, sd-scripts `networks/`, InvokeAI `lora_conversions/`,
+PEFT `utils/save_and_load.py`, LyCORIS `wrapper.py`, vLLM's LoRA loader; stated for the versions of
+late 2025 to mid 2026."""
 
 from __future__ import annotations
 
@@ -37,7 +38,9 @@ Verdict = tuple[str, str]  # ("yes" | "partly" | "no", why)
 
 
 def programs(layout: Layout, explanation: Explanation, rows: list[Row]) -> list[Row]:
-    """One row per program: whether it loads the file, and the reason when it does not or not all of it."""
+    """One row per program: whether it loads the file, and the reason when it does not or not all of
+    it.
+    """
     if explanation.architecture.name == "generic":
         return []  # the names of families without a table are not known to be the program's own
     facts = _facts(layout, explanation, rows)

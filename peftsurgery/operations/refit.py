@@ -1,4 +1,5 @@
-"""Changing what an adapter's modules are: another algorithm, or a difference in place of a new value.
+"""Changing what an adapter's modules are: another algorithm, or a difference in place of a new
+value.
 
 Fits state their loss per module. Every other step here is exact.
 """
@@ -27,7 +28,8 @@ def refit(
     weights: BaseWeights | None,
     progress: Progress | None = None,
 ) -> dict[str, float]:
-    """Replace every module by its fit in `algorithm` ("lora" or "full"); returns the loss per module.
+    """Replace every module by its fit in `algorithm` ("lora" or "full"); returns the loss per
+    module.
 
     Norms and pure bias changes stay as they are. A record that lay on a fused weight because its
     algorithm could not be split is split afterwards. Raises UnsupportedError naming the module when
@@ -95,9 +97,7 @@ def _full(module: WeightAdapter, weight: torch.Tensor | None) -> Full:
     )
 
 
-def values_as_differences(
-    adapter: Adapter, layout: Layout, weights: BaseWeights
-) -> list[Finding]:
+def values_as_differences(adapter: Adapter, layout: Layout, weights: BaseWeights) -> list[Finding]:
     """Write new values as differences from the base where `layout` holds only differences.
 
     ΔW = value - W and Δb = value - b, in fp32, which is the same W' at every strength. Returns one
@@ -150,7 +150,8 @@ def _minus(path: str, value: torch.Tensor, base: Callable[[], torch.Tensor]) -> 
     same = value.numel() == weight.numel() and value.shape[0] == weight.shape[0]
     if not same:
         raise UnsupportedError(
-            f"{path}: the new value has shape {list(value.shape)} and the base {list(weight.shape)}: "
+            f"{path}: the new value has shape {list(value.shape)} and the base "
+            f"{list(weight.shape)}: "
             "there is no difference to write. A layout that holds values (comfy, peft, diffusers) "
             "keeps it."
         )

@@ -1,7 +1,7 @@
 """Adapters of random numbers in the shapes of real listings, and ΔW computed without the package.
 
-The formulas are written out here in fp64 numpy, so that a conversion is never judged by the code that made it.
-"""
+The formulas are written out here in fp64 numpy, so that a conversion is never judged by the code
+that made it."""
 
 from __future__ import annotations
 
@@ -87,7 +87,8 @@ def read(path: Path) -> dict[str, np.ndarray]:
     return {k: t.double().numpy() for k, t in load_file(path).items()}
 
 
-# (listing, prefix in it, prefix of the Kohya file) of each component; the listings name real checkpoints
+# (listing, prefix in it, prefix of the Kohya file) of each component; the listings name real
+# checkpoints
 FULL_KOHYA = {
     "sd1 ldm": (
         ("base__sdmecha_sd1-ldm", "model.diffusion_model.", "lora_unet_"),

@@ -70,7 +70,9 @@ class Maker:
     def dora(self, name: str, out: int, into: int, axis: str, rank: int = 2) -> Tensors:
         """A LoRA with a DoRA magnitude `[out, 1]` or `[1, in]`."""
         shape = (out, 1) if axis == "out" else (1, into)
-        return self.lora(name, out, into, rank) | {f"{name}.dora_scale": self.draw(*shape).abs() + 1}
+        return self.lora(name, out, into, rank) | {
+            f"{name}.dora_scale": self.draw(*shape).abs() + 1
+        }
 
     @staticmethod
     def alpha(name: str, alpha: float | None) -> Tensors:

@@ -1,4 +1,6 @@
-"""Every algorithm across FLUX's fused weights: exact where the algebra allows, refused with the way out otherwise."""
+"""Every algorithm across FLUX's fused weights: exact where the algebra allows, refused with the way
+out otherwise.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from build import gap, read, write
-from parts import Maker, Tensors
 
 from peftsurgery.codec import load_adapter
 from peftsurgery.errors import UnsupportedError
 from peftsurgery.operations.convert import convert
+from tests.codec.build import gap, read, write
+from tests.codec.parts import Maker, Tensors
 
 H = 48
 QKV = "lora_unet_double_blocks_0_img_attn_qkv"
@@ -152,7 +154,9 @@ def test_different_algorithms_on_the_parts_of_one_weight(tmp_path: Path) -> None
 
 
 def test_a_convolution_s_kernel_is_asked_for(tmp_path: Path) -> None:
-    """LoHa factors (r, i·9) do not tell the kernel: without the base a LoRA would be of the wrong shape."""
+    """LoHa factors (r, i·9) do not tell the kernel: without the base a LoRA would be of the wrong
+    shape.
+    """
     name = "lora_unet_down_blocks_0_resnets_0_conv1"
     source = write(tmp_path / "in.safetensors", Maker(3).loha(name, 320, 320 * 9))
     with pytest.raises(UnsupportedError, match=r"do not tell its kernel. Pass --base"):

@@ -1,4 +1,6 @@
-"""Control LoRAs and what may lie beside an adapter: new values, padded inputs, textual-inversion vectors."""
+"""Control LoRAs and what may lie beside an adapter: new values, padded inputs, textual-inversion
+vectors.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from build import narrowed, read, shapes_of, write
-from parts import Maker, Tensors
-from test_listings import flux_file
 
 from peftsurgery.codec import load_adapter
 from peftsurgery.errors import UnsupportedError
 from peftsurgery.operations.convert import convert
+from tests.codec.build import narrowed, read, shapes_of, write
+from tests.codec.parts import Maker, Tensors
+from tests.codec.test_listings import flux_file
 
 CONTROLNETS = {"sd1": "base__diffusers_sd15_controlnet", "sdxl": "base__diffusers_sdxl_controlnet"}
 # the ldm name of what stays whole, written out from the ControlNet code
@@ -21,7 +23,9 @@ WHOLE = ("input_hint_block", "zero_convs", "middle_block_out")
 
 
 def control_lora(architecture: str) -> Tensors:
-    """A control-LoRA on every layer of a ControlNet; norms, biases, the hint block and the zero convolutions whole."""
+    """A control-LoRA on every layer of a ControlNet; norms, biases, the hint block and the zero
+    convolutions whole.
+    """
     from peftsurgery import architectures
 
     table, maker = architectures.get(architecture).components["controlnet"], Maker(8)
@@ -127,5 +131,3 @@ def test_textual_inversion_vectors_are_not_lost_in_silence(tmp_path: Path) -> No
     out.unlink()
     report = convert(source, out, to="diffusers", architecture="sd1", only=["unet"])
     assert "bundle_emb.cat.clip_l" in [f.key for f in report.findings if f.code == "left-out"]
-
-

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from build import dense, gap, read, write
-from parts import Maker, Tensors
 
 from peftsurgery.codec import load_adapter
 from peftsurgery.errors import UsageError
 from peftsurgery.operations.convert import convert
+from tests.codec.build import dense, gap, read, write
+from tests.codec.parts import Maker, Tensors
 
 H = 48
 ATTENTION = "transformer.transformer_blocks.0.attn."

@@ -1,4 +1,6 @@
-"""Files written by PEFT, LyCORIS and diffusers: ΔW is what those libraries computed, before and after every conversion."""
+"""Files written by PEFT, LyCORIS and diffusers: ΔW is what those libraries computed, before and
+after every conversion.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from build import FIXTURES, gap
 from safetensors.torch import load_file
 
 from fixtures import bases
@@ -18,6 +19,7 @@ from peftsurgery.codec import load_adapter
 from peftsurgery.errors import UnsupportedError
 from peftsurgery.layouts import LAYOUT_NAMES
 from peftsurgery.operations.convert import convert
+from tests.codec.build import FIXTURES, gap
 
 GOLDEN = FIXTURES / "golden"
 GOLDENS: dict[str, dict] = json.loads((GOLDEN / "index.json").read_text("utf-8"))["goldens"]

@@ -7,14 +7,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from build import FULL_KOHYA, filled, full_kohya, gap, narrowed, probe, shapes_of, thinned, write
-from raw import products
 
 from peftsurgery.adapter import Adapter
 from peftsurgery.codec import load_adapter
 from peftsurgery.errors import UnsupportedError
 from peftsurgery.layouts import LAYOUT_NAMES
 from peftsurgery.operations.convert import convert
+from tests.codec.build import (
+    FULL_KOHYA,
+    filled,
+    full_kohya,
+    gap,
+    narrowed,
+    probe,
+    shapes_of,
+    thinned,
+    write,
+)
+from tests.codec.raw import products
 
 ROUNDING = 4e-7
 ONLY_SD = {"diffusers-old"}
@@ -54,7 +64,9 @@ def assert_same(first: Adapter, second: Adapter) -> None:
 
 
 def flux_file(folder: Path, name: str, *, real: bool = False, blocks: int | None = None) -> Path:
-    """A listing filled with numbers: at the real sizes, or 64 times narrower; `blocks` of each kind."""
+    """A listing filled with numbers: at the real sizes, or 64 times narrower; `blocks` of each
+    kind.
+    """
     shapes = thinned(shapes_of(f"published__{name}_format"), 2)
     if not real:
         shapes = narrowed(shapes, 64)

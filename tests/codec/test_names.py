@@ -1,4 +1,6 @@
-"""Odd names: wrapper prefixes, doubled prefixes, adapter names, both vocabularies in one file, and names given twice."""
+"""Odd names: wrapper prefixes, doubled prefixes, adapter names, both vocabularies in one file, and
+names given twice.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from build import dense, gap, write
-from parts import Maker, Tensors
 
 from peftsurgery.codec import load_adapter
 from peftsurgery.errors import UsageError
 from peftsurgery.operations.convert import convert
 from peftsurgery.operations.inspect import inspect
+from tests.codec.build import dense, gap, write
+from tests.codec.parts import Maker, Tensors
 
 DOTTED = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
 FLAT = DOTTED.replace(".", "_")
@@ -151,7 +153,5 @@ def test_clip_with_and_without_the_text_model_level(style: str, tmp_path: Path) 
     key = f"lora_te_{level}encoder_layers_0_self_attn_q_proj"
     source = write(tmp_path / "a.safetensors", Maker(1).lora(key, 768, 768))
     adapter = load_adapter(source, architecture="sd1")
-    assert list(adapter.modules) == [
-        "text_encoder:text_model.encoder.layers.0.self_attn.q_proj"
-    ]
+    assert list(adapter.modules) == ["text_encoder:text_model.encoder.layers.0.self_attn.q_proj"]
     assert isinstance(next(iter(adapter.modules.values())).delta(), torch.Tensor)

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from build import dense, gap, read, write
-from parts import Maker, Tensors
 
 from peftsurgery.codec import load_adapter
 from peftsurgery.errors import UsageError
 from peftsurgery.operations.convert import convert
 from peftsurgery.operations.inspect import inspect
+from tests.codec.build import dense, gap, read, write
+from tests.codec.parts import Maker, Tensors
 
 NAME = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
 HOME = "unet:down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -96,9 +96,7 @@ CONVOLUTION = {(640, 1, 1, 1): "out", (640,): "out", (1, 320, 1, 1): "in"}
 
 @pytest.mark.parametrize("algorithm", ["lora", "loha"])
 @pytest.mark.parametrize(("shape", "axis"), [*LINEAR.items(), *CONVOLUTION.items()])
-def test_dora_magnitudes(
-    shape: tuple[int, ...], axis: str, algorithm: str, tmp_path: Path
-) -> None:
+def test_dora_magnitudes(shape: tuple[int, ...], axis: str, algorithm: str, tmp_path: Path) -> None:
     maker, conv = Maker(4), shape in CONVOLUTION
     name, out, into = (CONV, 640, 320) if conv else (NAME, 320, 768)
     if algorithm == "lora":

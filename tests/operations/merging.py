@@ -14,7 +14,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -36,7 +36,7 @@ def workspace() -> Path:
     return folder
 
 
-@lru_cache(maxsize=None)
+@cache
 def saved(builder: str, dtype: torch.dtype = torch.float32, shard: str = "5GB") -> Path:
     """The folder `save_pretrained` makes of one of the tiny bases."""
     name = re.sub(r"\W+", "-", f"{builder}-{dtype}-{shard}")
@@ -212,7 +212,7 @@ def _layer(hf: Mapping[str, Tensor], layer: str, rest: str) -> Tensor:
     return next(t for n, t in hf.items() if plain_clip(n) == f"encoder.layers.{layer}.{rest}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def sdxl_single(dtype: torch.dtype = torch.float32) -> Path:
     """The tiny SDXL pipeline as one file, like the release's."""
     tensors: Tensors = {}
@@ -321,7 +321,7 @@ def bfl(diffusers: Mapping[str, Tensor]) -> Tensors:
     return found
 
 
-@lru_cache(maxsize=None)
+@cache
 def flux_single(dtype: torch.dtype = torch.float32) -> Path:
     """The transformer of the tiny FLUX pipeline as one file, like the release's."""
     transformer = state(saved("tiny_flux_pipeline", dtype) / "transformer")

@@ -2,6 +2,8 @@
 merged folders.
 """
 
+# transformers, peft and diffusers are typed loosely
+# pyright: reportPrivateImportUsage=false, reportCallIssue=false
 from __future__ import annotations
 
 from functools import cache

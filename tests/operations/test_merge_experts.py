@@ -1,5 +1,7 @@
 """Stacked experts against PEFT on tiny mixtures from config, whichever way the base stores them."""
 
+# transformers, peft and diffusers are typed loosely
+# pyright: reportArgumentType=false, reportCallIssue=false, reportPrivateImportUsage=false
 from __future__ import annotations
 
 from collections.abc import Callable

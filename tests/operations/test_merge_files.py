@@ -2,6 +2,7 @@
 write nothing.
 """
 
+# pyright: reportArgumentType=false
 from __future__ import annotations
 
 import json

@@ -2,6 +2,8 @@
 package.
 """
 
+# transformers, peft and diffusers are typed loosely
+# pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 
 from pathlib import Path

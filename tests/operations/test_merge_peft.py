@@ -1,5 +1,8 @@
 """Equality with PEFT: weights of merge_and_unload, outputs of the attached model, real weights."""
 
+# transformers, peft and diffusers are typed loosely
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false
 from __future__ import annotations
 
 import json

@@ -1,5 +1,7 @@
 """Tied embeddings, resized vocabularies, replaced and padded weights."""
 
+# transformers, peft and diffusers are typed loosely
+# pyright: reportArgumentType=false
 from __future__ import annotations
 
 import json

@@ -164,7 +164,7 @@ def test_a_tied_embedding(tmp_path: Path) -> None:
 def test_experts_stacked_and_apart(tmp_path: Path) -> None:
     """PEFT's merge of stacked experts, saved apart, against a base of either form."""
     base = tmp_path / "base"
-    experts.built(experts.mixtral).save_pretrained(base)
+    experts.built(experts.mixtral).save_pretrained(base)  # pyright: ignore[reportCallIssue]
     model = experts.attached(
         base, tmp_path / "a", r=2, target_modules=["q_proj"], target_parameters=experts.BOTH
     )
