@@ -14,7 +14,9 @@ Level: TypeAlias = Literal["info", "warning", "error"]
 
 
 class PeftSurgeryError(Exception):
-    """Base of every error this package raises on purpose; the message says what, where and what to do."""
+    """Base of every error this package raises on purpose; the message says what, where and what to
+    do.
+    """
 
     exit_code = 1
 

@@ -1,4 +1,4 @@
-"""The README's table of what every layout can hold, computed by converting small adapters for real."""
+"""The README's table of what every layout can hold, computed by converting small adapters."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def _lora(rows: int = N, **options: object) -> LoRA:
     return LoRA(_random(rows, 4), _random(4, N), **options)  # pyright: ignore[reportArgumentType]
 
 
-def _apart(make: Callable[[], WeightAdapter]) -> Callable[[str, list[str]], dict[str, WeightAdapter]]:
+def _apart(
+    make: Callable[[], WeightAdapter],
+) -> Callable[[str, list[str]], dict[str, WeightAdapter]]:
     return lambda component, paths: {f"{component}:{path}": make() for path in paths}
 
 
@@ -44,7 +46,9 @@ def _lokr_shared(component: str, paths: list[str]) -> dict[str, WeightAdapter]:
     return {f"{component}:{path}": LoKr(w1=_random(4, 4), w2=w2) for path in paths}
 
 
-def _fused(make: Callable[[], WeightAdapter]) -> Callable[[str, list[str]], dict[str, WeightAdapter]]:
+def _fused(
+    make: Callable[[], WeightAdapter],
+) -> Callable[[str, list[str]], dict[str, WeightAdapter]]:
     def build(component: str, paths: list[str]) -> dict[str, WeightAdapter]:
         head = paths[0].removesuffix("to_q")
         return {f"{component}:{head}[to_q,to_k,to_v]": make()}
@@ -112,8 +116,10 @@ def table() -> str:
 
 
 LEGEND = (
-    "● exact · L refused, `--algorithm lora` (with `--rank` to limit it) rewrites it and states the loss · "
-    "B needs `--base CHECKPOINT`: a DoRA is baked in with `--algorithm lora` or `full`, a replaced weight becomes a "
+    "● exact · L refused, `--algorithm lora` (with `--rank` to limit it) rewrites it and states "
+    "the loss · "
+    "B needs `--base CHECKPOINT`: a DoRA is baked in with `--algorithm lora` or `full`, a replaced "
+    "weight becomes a "
     "difference · – no place for it. "
     "Two marks: FLUX / SDXL."
 )

@@ -193,9 +193,7 @@ class AdapterTensors(nn.Module):
         return float(self.scale) == 0 or self._is_zero_product()
 
     def _is_zero_product(self) -> bool:
-        return any(
-            _all_zero(t) for n in self.fields if (t := self._parameters[n]) is not None
-        )
+        return any(_all_zero(t) for n in self.fields if (t := self._parameters[n]) is not None)
 
     def extra_repr(self) -> str:
         text = f"shape={self._shape}, rank={self.rank}, scale={float(self.scale):g}"

@@ -47,8 +47,7 @@ def output_dtype(target: Target, settings: Settings) -> str:
 
 
 def spans(target: Target) -> list[tuple[int, int]]:
-    """Row tiles [start, stop) of a target, at least `TILE` elements each where the tensor has them.
-    """
+    """Row tiles [start, stop) of a target, about `TILE` elements each."""
     rows = target.rows
     step = max(1, TILE // max(1, target.columns))
     return [(a, min(a + step, rows)) for a in range(0, rows, step)]
@@ -124,8 +123,7 @@ class Renderer:
             low = end
 
     def _load(self, start: int, stop: int) -> Tensor:
-        """Rows of the base in fp32, zero-padded where the merge widens the weight: (rows, columns).
-        """
+        """Rows of the base in fp32, zero-padded where the merge widens it: (rows, columns)."""
         tensor, shape = self.target.tensor, self.target.shape
         stored = tuple(tensor.shape)
         if not stored:

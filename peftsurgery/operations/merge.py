@@ -161,9 +161,7 @@ def _settings(relative_to: str, dtype: str, rounding: str, seed: int, verify: st
         (verify, ("sample", "full"), "verify"),
     ):
         if value not in known:
-            raise UsageError(
-                f"{name} {value!r} is not known. Expected one of: {', '.join(known)}."
-            )
+            raise UsageError(f"{name} {value!r} is not known. Expected one of: {', '.join(known)}.")
     return Settings(relative_to, rounding, seed, DTYPES.get(dtype))
 
 
@@ -387,5 +385,3 @@ def _entry(base: Checkpoint, staged: Path) -> Path:
     if staged.is_dir() and base.kind == "sharded":
         return staged / base.path.name
     return staged
-
-

@@ -1,16 +1,22 @@
 """How fast `merge` is, beside `cp` of the base and beside PEFT and diffusers doing the same job.
 
-    python tests/benchmarks/merge.py tinyllama          # 2.2 GB bf16, sharded, rank 16 on all linears
-    python tests/benchmarks/merge.py sdxl               # 5.1 GB fp16 UNet, rank 128 on every linear and conv
-    python tests/benchmarks/merge.py 7b                 # 13.5 GB bf16, 3 shards, rank 16 on all linears
-    python tests/benchmarks/merge.py tinyllama --peers  # beside them PEFT or diffusers (slow, much memory)
+    python tests/benchmarks/merge.py tinyllama          # 2.2 GB bf16, sharded, rank 16 on all
+    linears
+    python tests/benchmarks/merge.py sdxl               # 5.1 GB fp16 UNet, rank 128 on every linear
+    and conv
+    python tests/benchmarks/merge.py 7b                 # 13.5 GB bf16, 3 shards, rank 16 on all
+    linears python tests/benchmarks/merge.py tinyllama --peers  # beside them PEFT or diffusers
+    (slow, much memory)
 
-A benchmark and not a test: it prints figures and ratios of one run and always ends with 0. Bases and adapters are
-generated (seeded random numbers of real shapes) under --folder, and kept there for the next run when it is given.
+A benchmark and not a test: it prints figures and ratios of one run and always ends with 0. Bases
+and adapters are generated (seeded random numbers of real shapes) under --folder, and kept there for
+the next run when it is given.
 
-* cp: coreutils' `cp` of the base's weight files in the same round, with `sync` of the copies where it says fsync; ours
+* cp: coreutils' `cp` of the base's weight files in the same round, with `sync` of the copies where
+it says fsync; ours
   waits for the disk too, so that is the fair partner. Rounds alternate.
-* memory: peak RssAnon, the memory really taken; ru_maxrss also counts resident pages of mapped inputs.
+* memory: peak RssAnon, the memory really taken; ru_maxrss also counts resident pages of mapped
+inputs.
 """
 
 from __future__ import annotations
@@ -121,7 +127,7 @@ def make_llama(folder: Path, shape: Shape) -> None:
 
 
 def make_sdxl(folder: Path) -> None:
-    """The UNet's weights as one fp16 file, and a Kohya LoRA of rank 128 on every linear and conv."""
+    """The UNet as one fp16 file, and a Kohya LoRA of rank 128 on every linear and conv."""
     import torch
     from safetensors.torch import save_file
 
@@ -172,7 +178,8 @@ from safetensors.torch import load_file
 config = dict(sample_size=128, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280),
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20), cross_attention_dim=2048,
+    transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20),
+    cross_attention_dim=2048,
     use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
     projection_class_embeddings_input_dim=2816)
 with torch.device("meta"):
@@ -210,8 +217,11 @@ def measure(case: str, folder: Path, rounds: int, peers: bool) -> list[tuple[str
         ("merge, whole process", f"{statistics.median(walls):.1f} s (min {min(walls):.1f})"),
         ("cp", f"{statistics.median(plain):.1f} s"),
         ("cp + fsync", f"{statistics.median(synced):.1f} s"),
-        ("speed against cp", f"{statistics.median([c / w for c, w in zip(plain, walls)]):.2f}"),
-        ("speed against cp + fsync", f"{statistics.median([c / w for c, w in zip(synced, walls)]):.2f}"),
+        ("speed against cp", f"{statistics.median([c / w for c, w in zip(plain, walls, strict=True)]):.2f}"),
+        (
+            "speed against cp + fsync",
+            f"{statistics.median([c / w for c, w in zip(synced, walls, strict=True)]):.2f}",
+        ),
         ("peak anonymous memory", f"{max(r.anonymous for r in ours) / 1e6:.0f} MB"),
         ("peak ru_maxrss", f"{max(r.rss for r in ours) / 1e6:.0f} MB"),
         ("adapter", f"{_bytes(adapter) / 1e6:.0f} MB"),

@@ -95,7 +95,10 @@ def test_norms_and_energy(source: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "block"),
     [
-        ("unet:down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q", "unet:down_blocks.1.attentions.0"),
+        (
+            "unet:down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
+            "unet:down_blocks.1.attentions.0",
+        ),
         ("unet:mid_block.resnets.0.conv1", "unet:mid_block.resnets.0"),
         ("transformer:transformer_blocks.3.attn.to_q", "transformer:transformer_blocks.3"),
         ("model:model.layers.11.mlp.up_proj", "model:model.layers.11"),
