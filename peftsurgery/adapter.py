@@ -3,7 +3,8 @@
 Modules are addressed as `component:dotted.path` in the family's home vocabulary. A record that
 could not be split at a fused boundary stays on its group,
 `component:blocks.0.attn.[to_q,to_k,to_v]`, and one whose row operator could not be undone keeps the
-operator's name, `component:norm_out.linear~swap_halves`."""
+operator's name, `component:norm_out.linear~swap_halves`.
+"""
 
 from __future__ import annotations
 

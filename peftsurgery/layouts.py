@@ -6,7 +6,8 @@ any known suffix is understood in any container. Writing follows the row exactly
 grammars: PEFT `utils/save_and_load.py`, diffusers `loaders/lora_pipeline.py` and
 `utils/state_dict_utils.py`, sd-scripts `networks/lora.py`, LyCORIS `modules/`, ComfyUI
 `comfy/lora.py` and `comfy/weight_adapter/`, OneTrainer `util/convert_lora_util.py`, ai-toolkit
-`network_mixins.py`, x-flux attention processors, Stability control-LoRA."""
+`network_mixins.py`, x-flux attention processors, Stability control-LoRA.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ class Dialect:
     its own.
 
     An algorithm that is absent cannot be written in this dialect. `joint` stands between module
-    name and suffix."""
+    name and suffix.
+    """
 
     algorithms: dict[str, dict[str, str]]
     alpha: str | None = None

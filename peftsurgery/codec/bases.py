@@ -13,7 +13,7 @@ from peftsurgery.adapter import members
 from peftsurgery.architectures import Architecture, Component, TensorSite
 from peftsurgery.checkpoint import Checkpoint, LazyTensor
 from peftsurgery.codec import experts
-from peftsurgery.codec.detect import denoiser
+from peftsurgery.codec.resolving import denoiser
 from peftsurgery.errors import UnsupportedError, UsageError, nearest
 
 
@@ -67,7 +67,7 @@ class Stored:
         return (stop - start, *self.tensor.shape[self.lead :]) if self.tensor.shape else ()
 
     def load(self) -> torch.Tensor:
-        """The home tensor, row operator undone; rows of a fused tensor are read without the rest."""
+        """The home tensor, row operator undone; of a fused tensor only its rows are read."""
         if self.site.operator == "swap_halves":
             value = self.tensor.torch()
             half = value.shape[0] // 2

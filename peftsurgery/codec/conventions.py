@@ -10,8 +10,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from peftsurgery.checkpoint import Checkpoint
-from peftsurgery.codec.detect import Explanation, Placement
+from peftsurgery.codec.detect import Explanation
 from peftsurgery.codec.keys import Record
+from peftsurgery.codec.resolving import Placement
 from peftsurgery.codec.scales import (
     PLACEHOLDER,
     ConfigScales,
@@ -100,7 +101,8 @@ class Conventions:
         Conv1D.
 
         PEFT ignores the flag on nn.Linear; which modules are Conv1D is known by name (`conv1d` in
-        the table)."""
+        the table).
+        """
         if not self.raw.get(placement.component, {}).get("fan_in_fan_out"):
             return False
         return placement.site.name.rpartition(".")[2] in self.explanation.architecture.conv1d

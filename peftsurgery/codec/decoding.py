@@ -10,11 +10,17 @@ from peftsurgery.adapter import Adapter
 from peftsurgery.algorithms import ALGORITHMS, WeightAdapter
 from peftsurgery.checkpoint import Checkpoint
 from peftsurgery.codec.conventions import Conventions
-from peftsurgery.codec.detect import Explanation, Placement, label
+from peftsurgery.codec.detect import Explanation
 from peftsurgery.codec.explaining import explain_checkpoint
 from peftsurgery.codec.keys import Record, rank_and_shape
+from peftsurgery.codec.labelling import label
 from peftsurgery.codec.placing import place
+from peftsurgery.codec.resolving import Placement
 from peftsurgery.errors import Finding, UsageError
+
+SHARED = {
+    *("alpha", "magnitude", "magnitude_out", "bias", "bias_scaled", "bias_value", "padded_shape"),
+}
 
 
 def decode(
@@ -137,9 +143,7 @@ class Decoder:
             shared["stored"] = "conv1d"
         if shared.get("stored") in ("embedding", "conv1d") and "magnitude" in shared:
             shared["magnitude_axis"] = "in"
-        left = set(tensors) - set(own) - {
-            "alpha", "magnitude", "magnitude_out", "bias", "bias_scaled", "bias_value", "padded_shape",
-        }  # fmt: skip
+        left = set(tensors) - set(own) - SHARED
         if left:
             name = sorted(left)[0]
             raise UsageError(
@@ -147,7 +151,7 @@ class Decoder:
                 f"{', '.join(kind.fields)}."
             )
         try:
-            return kind(**own, **shared)
+            return kind(**own, **shared)  # pyright: ignore[reportArgumentType, reportCallIssue]
         except UsageError as error:
             raise UsageError(f"{self.source}: {record.module!r}: {error}") from error
 

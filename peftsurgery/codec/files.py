@@ -35,7 +35,8 @@ def load_adapter(
 
     base: the checkpoint it was trained on; its module list restores flattened names of models
     without a table. Raises UsageError, UnsupportedError or UnsafeInputError naming file, key,
-    expectation and remedy."""
+    expectation and remedy.
+    """
     known = None if base is None else base_names(open_checkpoint(base))
     return decode(
         open_adapter(source, allow_pickle=allow_pickle), architecture=architecture, known=known
@@ -66,7 +67,8 @@ def write_encoded(
     into place.
 
     sync: wait for the disk; without it the caller flushes the files (see `flushing`) before they
-    are published."""
+    are published.
+    """
     row = layout_named(layout)
     if row.alpha != "config":
         if path.is_dir():
@@ -156,7 +158,8 @@ def kohya_hashes(
     `library/train_util.py`).
 
     Both are of a serialisation that carries the `ss_*` metadata only: SHA-256 of everything behind
-    its header, and the first 8 hex digits of the SHA-256 of 64 KiB at offset 1 MiB."""
+    its header, and the first 8 hex digits of the SHA-256 of 64 KiB at offset 1 MiB.
+    """
     kept = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     header, order = serialized_header(ordered(tensors), kept)
     digest = hashlib.sha256()
@@ -165,7 +168,7 @@ def kohya_hashes(
     window += header[start:stop]
     for name in order:
         tensor = tensors[name].detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-        digest.update(tensor)
+        digest.update(memoryview(tensor))
         low, high = max(start - position, 0), min(stop - position, tensor.nbytes)
         if low < high:
             window += tensor[low:high].tobytes()

@@ -17,7 +17,8 @@ class Patterns:
     A dynamically resized adapter has a pattern for each of a thousand modules, and compiling and
     trying a regular expression for every pair takes minutes. Patterns without operators are
     therefore compared as text, and only those that end like the path. Raises UsageError for a
-    pattern that is no regular expression."""
+    pattern that is no regular expression.
+    """
 
     def __init__(self, values: Mapping[str, float], source: str) -> None:
         self._plain: dict[str, list[tuple[int, str, float]]] = {}  # text behind the last dot -> …

@@ -40,7 +40,8 @@ def build(
 
     modules: dotted path -> adapter. Raises UnsupportedError when no single PEFT config can say it:
     several algorithms, DoRA on some modules only, LoKr factors that PEFT's factorisation rule would
-    not produce."""
+    not produce.
+    """
     trained = {tail(p): m for p, m in modules.items() if m.algorithm in ("lora", "loha", "lokr")}
     values = {p: m for p, m in modules.items() if m.algorithm == "set"}
     kinds = {m.algorithm for m in trained.values()}
@@ -154,7 +155,8 @@ def _ranks(modules: Mapping[str, WeightAdapter], kind: str, *, rslora: bool) -> 
 
 def full_rank(module: WeightAdapter) -> int:
     """The r at which PEFT keeps both LoKr factors full, whatever decompose_both says: the largest
-    of a, b, c and d."""
+    of a, b, c and d.
+    """
     assert isinstance(module, LoKr)
     return max(block_shape(module))
 

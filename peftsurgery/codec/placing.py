@@ -15,7 +15,8 @@ def place(site: Site, adapter: WeightAdapter, source: str = "") -> dict[str, Wei
     """The home modules of a record at `site`: path -> adapter.
 
     One that cannot be split stays whole under its group name, one whose operator cannot be undone
-    keeps the operator's mark. Raises UsageError when the rows do not divide as the site says."""
+    keeps the operator's mark. Raises UsageError when the rows do not divide as the site says.
+    """
     mark = ""
     if site.operator == "swap_halves":
         try:

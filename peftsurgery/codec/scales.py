@@ -4,7 +4,8 @@ writing.
 ΔW = scale · (product of the factors). Files say alpha and rank: scale = alpha / rank, or alpha /
 √rank with rs-LoRA in a PEFT config (arXiv 2312.03732); LyCORIS stores alpha already multiplied by
 √rank. A missing alpha means scale 1. LoKr with both factors full has scale 1 in LyCORIS whatever
-alpha says, and alpha / r in PEFT."""
+alpha says, and alpha / r in PEFT.
+"""
 
 from __future__ import annotations
 
@@ -146,7 +147,8 @@ def patterns(values: Mapping[str, float], default: float) -> dict[str, float]:
     """Pattern entries for the modules that differ from `default`.
 
     PEFT matches `(.*\\.)?(pattern)$`, so a name that is also the tail of another module's name is
-    anchored with `^`."""
+    anchored with `^`.
+    """
     tails = {path[index + 1 :] for path in values for index, char in enumerate(path) if char == "."}
     return {
         ("^" + path if "." not in path or path in tails else path): value

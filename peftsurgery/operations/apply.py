@@ -7,10 +7,12 @@ relative to the base every op_k looks at W_0 instead, which makes the order irre
 
 from __future__ import annotations
 
+import contextlib
 import math
-import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +26,9 @@ from peftsurgery.operations.plan import Edit, Target
 from peftsurgery.operations.rounding import Survival, generator, stochastic, survival_of
 
 TILE = 1 << 20  # elements of a row tile: smaller ones drown in dispatch, larger leave the cache
-QUEUE_BYTES = 96 << 20  # finished tiles that may wait for the disk
+SAMPLED = 1 << 26  # elements; of larger merges survival is measured on some of the tiles
+SAMPLING = 8  # every so many tiles, the first of each tensor included
+AHEAD = 4  # tiles per thread that are under way or wait for the disk
 
 RowOperation = Callable[[Tensor, int, int], None]
 
@@ -66,21 +70,24 @@ class Renderer:
         self.base: Tensor | None = None
         self.operations: list[tuple[Edit, RowOperation]] = []
         if needs_whole(target):
-            self.base = self._load(0, target.rows)
+            self.base = self._load(0, target.rows).float()
             self.whole = self._composed(self.base)
         else:
             self.operations = [(edit, self._row_operation(edit)) for edit in target.edits]
-        rows = max((b - a) for a, b in spans(target))
-        self._scratch = torch.empty(rows, target.columns)
-        self._before = torch.empty(rows, target.columns)
+        self._memory = threading.local()  # tiles are rendered on several threads
 
-    def tile(self, start: int, stop: int) -> tuple[Tensor, Survival]:
-        """Rows [start, stop) rounded to the output dtype, and what survived. Raises CheckFailed on
-        NaN or Inf.
+    def tile(self, start: int, stop: int, *, measure: bool = True) -> tuple[Tensor, Survival]:
+        """Rows [start, stop) rounded to the output dtype, and what survived (zero sums without
+        `measure`). Raises CheckFailed on NaN, Inf and values that do not fit the dtype.
         """
         exact, before = self.exact(start, stop)
         written = self._round(exact, start)
-        return written, self._survival(exact, before, written)
+        if measure:
+            return written, self._survival(exact, before, written)
+        low, high = (float(bound) for bound in torch.aminmax(exact))
+        if not max(-low, high) <= torch.finfo(self.dtype).max:
+            raise CheckFailed(self._why_not_finite(exact, before))
+        return written, Survival()
 
     def rounded(self, start: int, stop: int) -> Tensor:
         """Rows [start, stop) rounded to the output dtype, without looking at what survived."""
@@ -92,12 +99,20 @@ class Renderer:
         """
         if self.whole is not None and self.base is not None:
             return self.whole[start:stop], self.base[start:stop]
-        exact, before = self._scratch[: stop - start], self._before[: stop - start]
+        exact, before = self._scratch(stop - start)
         before.copy_(self._load(start, stop))
         exact.copy_(before)
         for edit, operation in self.operations:
             self._apply(edit, operation, exact, before, start, stop)
         return exact, before
+
+    def _scratch(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Two fp32 buffers of this thread, (rows, columns)."""
+        if not hasattr(self._memory, "buffers"):
+            most = max(b - a for a, b in spans(self.target))
+            self._memory.buffers = torch.empty(2, most, self.target.columns)
+        exact, before = self._memory.buffers
+        return exact[:rows], before[:rows]
 
     def _apply(
         self,
@@ -123,14 +138,14 @@ class Renderer:
             low = end
 
     def _load(self, start: int, stop: int) -> Tensor:
-        """Rows of the base in fp32, zero-padded where the merge widens it: (rows, columns)."""
+        """Rows of the base, zero-padded where the merge widens it: (rows, columns)."""
         tensor, shape = self.target.tensor, self.target.shape
         stored = tuple(tensor.shape)
         if not stored:
             return tensor.torch().float().reshape(1, 1)
         if stored == shape:
             rows = self.target.flat(tensor).rows(start, stop)
-            return rows.torch().float().reshape(stop - start, -1)
+            return rows.torch().reshape(stop - start, -1)
         full = tensor.torch().float()
         if len(stored) == len(shape) and all(a <= b for a, b in zip(stored, shape, strict=True)):
             return pad_to(full, shape)[start:stop].reshape(stop - start, -1)
@@ -233,7 +248,6 @@ class Renderer:
 
 
 ALTERNATIVES = ("F16", "BF16", "F32")
-SAMPLED = 1 << 26  # elements; of larger merges one tile per tensor is enough for an advice
 
 
 def alternatives(targets: Iterable[Target], settings: Settings) -> dict[str, float]:
@@ -293,10 +307,24 @@ def _bias_operation(module: WeightAdapter, t: float) -> RowOperation:
     return add
 
 
-class Pipeline:
-    """Renders targets on a thread of its own, in the order they will be written, a bounded number
-    of tiles ahead.
+@contextlib.contextmanager
+def tile_threads() -> Iterator[ThreadPoolExecutor]:
+    """A pool of one thread per core whose torch operations use one thread each.
+
+    Tiles are independent: working on several of them needs no barriers, as splitting one does.
     """
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)  # threads that start from now on use one each
+    pool = ThreadPoolExecutor(count)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(count)
+
+
+class Pipeline:
+    """Renders tiles on several threads, ahead of the writer and in its order."""
 
     def __init__(
         self,
@@ -304,65 +332,51 @@ class Pipeline:
         settings: Settings,
         progress: Callable[[Target], None] | None = None,
     ) -> None:
-        self.targets = list(targets)
         self.settings = settings
         self.survival: dict[str, Survival] = {}
         self.progress = progress
-        self._queue: queue.Queue[tuple[str, Tensor | BaseException | None]] = queue.Queue(
-            max(2, QUEUE_BYTES // (TILE * 4))
-        )
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._threads = torch.get_num_threads()
+        self._exit = contextlib.ExitStack()
+        self._every = 1 if sum(t.numel for t in targets) <= SAMPLED else SAMPLING
+        self._tiles = self._all(targets)
+        self._ahead: deque[tuple[Target, Future[tuple[Tensor, Survival]]]] = deque()
 
     def __enter__(self) -> Pipeline:
-        self._thread.start()
+        self._pool = self._exit.enter_context(tile_threads())
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        while self._thread.is_alive():
-            try:
-                self._queue.get(timeout=0.05)
-            except queue.Empty:
-                continue
-        self._thread.join()
+        self._exit.close()
 
     def chunks(self, name: str) -> Iterator[Tensor]:
         """The tiles of one target; targets have to be asked for in the order given."""
-        while True:
-            of, item = self._queue.get()
-            if isinstance(item, BaseException):
-                raise item
-            if of != name:
-                raise RuntimeError(f"tiles of {of!r} where {name!r} was expected")
-            if item is None:
+        total = Survival()
+        self._fill()
+        target = self._ahead[0][0] if self._ahead else None
+        if target is None or target.name != name:
+            raise RuntimeError(f"tiles of {target and target.name!r} where {name!r} was expected")
+        while self._ahead and self._ahead[0][0] is target:
+            tile, survival = self._ahead.popleft()[1].result()
+            self._fill()
+            total.add(survival)
+            yield tile
+        self.survival[name] = total
+        if self.progress is not None:
+            self.progress(target)
+
+    def _fill(self) -> None:
+        """Keep enough tiles under way, or waiting, for every thread and the writer."""
+        while len(self._ahead) < AHEAD * self._threads:
+            following = next(self._tiles, None)
+            if following is None:
                 return
-            yield item
+            target, renderer, (start, stop) = following
+            measure = start // max(1, stop - start) % self._every == 0
+            tile = self._pool.submit(renderer.tile, start, stop, measure=measure)
+            self._ahead.append((target, tile))
 
-    def _run(self) -> None:
-        name = ""
-        try:
-            for target in self.targets:
-                name = target.name
-                renderer = Renderer(target, self.settings)
-                total = Survival()
-                for start, stop in spans(target):
-                    tile, survival = renderer.tile(start, stop)
-                    total.add(survival)
-                    if not self._put((name, tile)):
-                        return
-                self.survival[name] = total
-                if self.progress is not None:
-                    self.progress(target)
-                self._put((name, None))
-        except BaseException as error:
-            self._put((name, error))
-
-    def _put(self, item: tuple[str, Tensor | BaseException | None]) -> bool:
-        while not self._stop.is_set():
-            try:
-                self._queue.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
+    def _all(self, targets: Sequence[Target]) -> Iterator[tuple[Target, Renderer, tuple[int, int]]]:
+        for target in targets:
+            renderer = Renderer(target, self.settings)
+            for span in spans(target):
+                yield target, renderer, span

@@ -35,6 +35,7 @@ from peftsurgery.operations.journal import (
     unfinished,
 )
 from peftsurgery.operations.merge import merge_words
+from peftsurgery.operations.merge_proof import tile_that_differs
 from peftsurgery.operations.merge_report import (
     MergeReport,
     describe,
@@ -42,7 +43,6 @@ from peftsurgery.operations.merge_report import (
     report_survival,
 )
 from peftsurgery.operations.plan import Target
-from peftsurgery.operations.proof import tile_that_differs
 from peftsurgery.operations.undo import Merge, Undo, digest_of, read_undo, root_of
 from peftsurgery.operations.undo_writing import record_merged, write_undo
 from peftsurgery.reports import Progress

@@ -1,7 +1,8 @@
 """inspect: what a file is, from headers alone; norms on request; coverage against a base.
 
 Nothing here needs torch unless norms are asked for: an adapter of any size is described in a
-fraction of a second."""
+fraction of a second.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +16,11 @@ from pathlib import Path
 from peftsurgery import architectures
 from peftsurgery.checkpoint import Checkpoint, open_checkpoint
 from peftsurgery.codec.conventions import Conventions
-from peftsurgery.codec.detect import AmbiguousArchitecture, Explanation, Placement, label
+from peftsurgery.codec.detect import AmbiguousArchitecture, Explanation
 from peftsurgery.codec.explaining import explain_checkpoint, open_adapter
 from peftsurgery.codec.keys import Record, parse, rank_and_shape
+from peftsurgery.codec.labelling import label
+from peftsurgery.codec.resolving import Placement
 from peftsurgery.errors import Finding, UsageError
 from peftsurgery.operations.programs import programs
 from peftsurgery.reports import Report, Row
@@ -48,7 +51,8 @@ def inspect(
     a checkpoint; the report then says which modules it covers.
 
     Raises UsageError when keys cannot be explained, UnsupportedError for algorithms this version
-    does not handle."""
+    does not handle.
+    """
     checkpoint = open_adapter(path, allow_pickle=allow_pickle)
     explanation, others = _explain(checkpoint, base, architecture)
     conventions = Conventions(checkpoint, explanation)

@@ -41,6 +41,7 @@ from peftsurgery.operations.apply import (
     output_dtype,
 )
 from peftsurgery.operations.inputs import Inputs, open_inputs
+from peftsurgery.operations.merge_proof import differences, written_dtype
 from peftsurgery.operations.merge_report import (
     MergeReport,
     describe,
@@ -48,7 +49,6 @@ from peftsurgery.operations.merge_report import (
     report_survival,
 )
 from peftsurgery.operations.plan import Target
-from peftsurgery.operations.proof import differences, written_dtype
 from peftsurgery.operations.side_files import copy_side_files
 from peftsurgery.operations.strengths import Strength
 from peftsurgery.operations.undo import Merge

@@ -6,7 +6,7 @@ from peftsurgery.adapter import Adapter, members
 from peftsurgery.algorithms import Replace
 from peftsurgery.codec.bases import BaseWeights
 from peftsurgery.codec.decoding import BASE_COPY
-from peftsurgery.codec.detect import PEFT_PREFIX
+from peftsurgery.codec.resolving import PEFT_PREFIX
 
 
 def prefix_of(base: BaseWeights, adapter: Adapter) -> str:

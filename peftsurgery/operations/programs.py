@@ -4,7 +4,8 @@ loaders.
 Sources: diffusers `loaders/lora_conversion_utils.py` and `lora_pipeline.py`, ComfyUI
 `comfy/lora.py` and `comfy/weight_adapter/`, sd-scripts `networks/`, InvokeAI `lora_conversions/`,
 PEFT `utils/save_and_load.py`, LyCORIS `wrapper.py`, vLLM's LoRA loader; stated for the versions of
-late 2025 to mid 2026."""
+late 2025 to mid 2026.
+"""
 
 from __future__ import annotations
 

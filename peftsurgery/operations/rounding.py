@@ -32,7 +32,7 @@ class Survival:
 def survival_of(exact: Tensor, before: Tensor, written: Tensor) -> Survival:
     """Sums over the elements of a tile; not finite when one of the three holds NaN or Inf."""
     delta = (exact - before).reshape(-1)
-    kept = torch.sub(written.reshape(-1), before.reshape(-1))
+    kept = written.to(torch.float32, copy=True).reshape(-1).sub_(before.reshape(-1))
     inner, total = float(torch.dot(kept, delta)), float(torch.dot(delta, delta))
     return Survival(inner, total, float(torch.dot(kept.sub_(delta), kept)))
 

@@ -217,7 +217,10 @@ def measure(case: str, folder: Path, rounds: int, peers: bool) -> list[tuple[str
         ("merge, whole process", f"{statistics.median(walls):.1f} s (min {min(walls):.1f})"),
         ("cp", f"{statistics.median(plain):.1f} s"),
         ("cp + fsync", f"{statistics.median(synced):.1f} s"),
-        ("speed against cp", f"{statistics.median([c / w for c, w in zip(plain, walls, strict=True)]):.2f}"),
+        (
+            "speed against cp",
+            f"{statistics.median([c / w for c, w in zip(plain, walls, strict=True)]):.2f}",
+        ),
         (
             "speed against cp + fsync",
             f"{statistics.median([c / w for c, w in zip(synced, walls, strict=True)]):.2f}",

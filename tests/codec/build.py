@@ -1,7 +1,8 @@
 """Adapters of random numbers in the shapes of real listings, and ΔW computed without the package.
 
 The formulas are written out here in fp64 numpy, so that a conversion is never judged by the code
-that made it."""
+that made it.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +33,10 @@ def listing(name: str) -> dict:
 def shapes_of(name: str) -> Shapes:
     """Key -> shape of one listing."""
     keys = listing(name)["keys"]
-    return {k: tuple(v[0] if v and isinstance(v[0], list) else v) for k, v in keys.items()}
+    found: Shapes = {}
+    for key, value in keys.items():
+        found[key] = tuple(value[0] if value and isinstance(value[0], list) else value)
+    return found
 
 
 def thinned(shapes: Shapes, rank: int) -> Shapes:
@@ -48,7 +52,7 @@ def thinned(shapes: Shapes, rank: int) -> Shapes:
 
 
 def narrowed(shapes: Shapes, divisor: int = 64) -> Shapes:
-    """The same model `divisor` times narrower; sizes of 256 and more that divide are model widths."""
+    """The same model, narrower; sizes of 256 and more that `divisor` divides are widths."""
     return {
         k: tuple(n // divisor if n >= 256 and n % divisor == 0 else n for n in shape)
         for k, shape in shapes.items()
@@ -56,7 +60,7 @@ def narrowed(shapes: Shapes, divisor: int = 64) -> Shapes:
 
 
 def filled(shapes: Shapes, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensors:
-    """Seeded normal numbers in these shapes; alphas are 1 to 8 and never equal to the rank by rule."""
+    """Seeded normal numbers in these shapes; alphas run from 1 to 8, whatever the rank."""
     generator = torch.Generator().manual_seed(seed)
     tensors: Tensors = {}
     for index, (key, shape) in enumerate(shapes.items()):
@@ -116,7 +120,7 @@ FULL_KOHYA = {
 
 
 def full_kohya(style: str, *, rank: int = 2, divisor: int = 32) -> Shapes:
-    """A Kohya LoRA on every linear and convolution of a real checkpoint, `divisor` times narrower."""
+    """A Kohya LoRA on every linear and convolution of a checkpoint, `divisor` times narrower."""
     result: Shapes = {}
     for name, prefix, written in FULL_KOHYA[style]:
         for key, shape in narrowed(shapes_of(name), divisor).items():
@@ -192,7 +196,7 @@ def gap(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def probe(module: WeightAdapter, vectors: np.ndarray) -> np.ndarray:
-    """ΔW @ vectors in fp64 without a dense ΔW where the module is a plain LoRA; vectors (i·k, n)."""
+    """ΔW @ vectors (i·k, n) in fp64, without a dense ΔW where the module is a plain LoRA."""
     if isinstance(module, LoRA) and module.mid is None:
         up = module.up.detach().double().numpy().reshape(module.up.shape[0], -1)
         down = module.down.detach().double().numpy().reshape(module.down.shape[0], -1)

@@ -16,7 +16,8 @@ def products(path: Path, *, sample: int | None = None) -> Products:
     """Module as named in the file -> alpha / rank * up @ down, and every other tensor as it is.
 
     sample: only so many random columns of each product, for files at real sizes. Of a PEFT folder,
-    alpha and rank come from adapter_config.json without patterns."""
+    alpha and rank come from adapter_config.json without patterns.
+    """
     tensors = read(path)
     config = path / "adapter_config.json"
     stated = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}

@@ -69,11 +69,7 @@ def test_generated_listings_are_read_or_refused_by_name(name: str, tmp_path: Pat
         out, to = tmp_path / "out", "peft"
     else:
         to = "lycoris"
-    try:
-        convert(source, out, to=to, base=base)
-    except UnsupportedError as error:
-        assert "--base" in str(error) or "--drop" in str(error) or "--to peft" in str(error)
-        return
+    convert(source, out, to=to, base=base)
     known = tmp_path / "names"
     write(known, {f"{p.partition(':')[2]}.weight": torch.zeros(1) for p in adapter.modules})
     back = load_adapter(out, base=known)
@@ -131,7 +127,7 @@ def test_unknown_modules_are_named_under_the_two_best_candidates(tmp_path: Path)
 
 def test_keys_without_an_adapter_suffix_are_named(tmp_path: Path) -> None:
     tensors = {**lora(f"lora_unet_{CROSS}"), "optimizer.step": torch.zeros(1)}
-    with pytest.raises(UsageError, match="1 of 3 keys have no adapter suffix, first 'optimizer.st"):
+    with pytest.raises(UsageError, match="1 of 3 keys have no adapter suffix, first 'optimizer"):
         load_adapter(write(tmp_path / "a.safetensors", tensors))
 
 
@@ -212,5 +208,5 @@ def test_other_families_are_inspected_and_dotted_ones_converted(name: str, tmp_p
 def test_a_whole_checkpoint_is_no_adapter(name: str, tmp_path: Path) -> None:
     source = write(tmp_path / "a.safetensors", filled(narrowed(shapes_of(name))))
     for operation in (lambda: convert(source, tmp_path / "b", to="peft"), lambda: inspect(source)):
-        with pytest.raises(UsageError, match="this is a checkpoint.*not an adapter"):
+        with pytest.raises(UsageError, match=r"this is a checkpoint.*not an adapter"):
             operation()

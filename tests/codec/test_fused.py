@@ -1,4 +1,4 @@
-"""FLUX's fused weights: q, k, v (and the MLP) apart in diffusers files, one weight in native ones."""
+"""FLUX's fused weights: q, k, v (and the MLP) lie apart in diffusers files, in one elsewhere."""
 
 from __future__ import annotations
 

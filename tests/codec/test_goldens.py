@@ -23,7 +23,9 @@ from tests.codec.build import FIXTURES, gap
 
 GOLDEN = FIXTURES / "golden"
 GOLDENS: dict[str, dict] = json.loads((GOLDEN / "index.json").read_text("utf-8"))["goldens"]
-ARCHITECTURES = {"tiny_sd_pipeline": "sd1", "tiny_sdxl_pipeline": "sdxl", "tiny_flux_pipeline": "flux"}  # fmt: skip
+ARCHITECTURES = {
+    f"tiny_{n}_pipeline": a for n, a in (("sd", "sd1"), ("sdxl", "sdxl"), ("flux", "flux"))
+}
 KOHYA = {"kohya", "kohya-ldm", "kohya-hf", "lycoris", "comfy", "onetrainer", "onetrainer-kohya"}
 LLM = {"peft", "lycoris"}
 AB = {"onetrainer-original", "onetrainer-comfy"}
@@ -64,7 +66,7 @@ def held(name: str) -> set[str]:
 
 
 @cache
-def base(name: str) -> object:
+def base(name: str) -> torch.nn.Module:
     """A tiny base model."""
     return bases.BUILDERS[name]()
 

@@ -1,4 +1,4 @@
-"""rank_pattern and alpha_pattern: the quick look-up agrees with the regular expressions PEFT uses."""
+"""rank_pattern and alpha_pattern: the quick look-up agrees with PEFT's regular expressions."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from peftsurgery.operations.convert import convert
 from tests.codec.build import write
 from tests.codec.parts import Maker
 
+FLUX = "lora_unet_double_blocks_0_"
 BLOCK = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_"
 TRAINING = {
     "ss_network_module": "networks.lora",
@@ -98,7 +99,7 @@ def test_training_metadata_is_kept_and_updated(tmp_path: Path) -> None:
         (Maker(1).lora(f"{BLOCK}attn1_to_q", 640, 640), "kohya", "networks.lora"),
         (Maker(1).loha(f"{BLOCK}attn1_to_q", 640, 640), "kohya", "lycoris.kohya"),
         (Maker(1).dora(f"{BLOCK}attn1_to_q", 640, 640, "out"), "kohya", "lycoris.kohya"),
-        (Maker(1).lora("lora_unet_double_blocks_0_img_attn_proj", 3072, 3072), "kohya", "networks.lora_flux"),
+        (Maker(1).lora(f"{FLUX}img_attn_proj", 3072, 3072), "kohya", "networks.lora_flux"),
     ],
 )  # fmt: skip
 def test_the_network_module_is_what_is_in_the_file(

@@ -49,7 +49,7 @@ def test_new_values_become_differences_where_a_layout_holds_only_these(
     base: Path, values: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out.safetensors"
-    with pytest.raises(UnsupportedError, match="no keys for set.*--base CHECKPOINT writes it as"):
+    with pytest.raises(UnsupportedError, match=r"no keys for set.*--base CHECKPOINT writes it as"):
         convert(values, out, to="kohya", architecture="flux")
     report = convert(values, out, to="kohya", architecture="flux", base=base)
     noted = [f for f in report.findings if f.code == "values-as-differences"]
@@ -135,7 +135,7 @@ def test_dora_is_baked_with_the_base(
         with pytest.raises(UnsupportedError, match="no keys for full"):
             convert(source, out, to=layout, architecture="flux", base=base, algorithm="full")
         return
-    with pytest.raises(UnsupportedError, match="depends on the base weight.*Pass --base"):
+    with pytest.raises(UnsupportedError, match=r"depends on the base weight.*Pass --base"):
         convert(source, out, to=layout, architecture="flux", algorithm=algorithm)
     rank = "40" if algorithm == "lora" else None
     report = convert(
@@ -162,7 +162,8 @@ def test_per_input_dora_on_swapped_halves(base: Path, tmp_path: Path) -> None:
 
 def test_a_base_without_the_module_is_named(tmp_path: Path) -> None:
     source = write(tmp_path / "in.safetensors", Maker(5).dora(QKV, 3 * H, H, "in"))
-    other = write(tmp_path / "b.safetensors", {"double_blocks.1.img_attn.qkv.weight": M.draw(3 * H, H)})  # fmt: skip
+    wrong = {"double_blocks.1.img_attn.qkv.weight": M.draw(3 * H, H)}
+    other = write(tmp_path / "b.safetensors", wrong)
     with pytest.raises(UsageError, match=r"has no weight for transformer:.*to_q.*closest"):
         convert(
             *(source, tmp_path / "o.safetensors"),

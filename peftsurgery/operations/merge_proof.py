@@ -8,7 +8,7 @@ import torch
 from peftsurgery.checkpoint import Checkpoint, LazyTensor
 from peftsurgery.checkpoint.dtypes import torch_dtype
 from peftsurgery.checkpoint.writing import as_bytes
-from peftsurgery.operations.apply import Renderer, Settings, output_dtype, spans
+from peftsurgery.operations.apply import Renderer, Settings, output_dtype, spans, tile_threads
 from peftsurgery.operations.inputs import DENSE, Inputs
 from peftsurgery.operations.plan import Target
 
@@ -17,21 +17,21 @@ def differences(
     inputs: Inputs, settings: Settings, written: Checkpoint, *, full: bool
 ) -> list[str]:
     """Names of tensors of `written` that are not what the merge gives, with the reason."""
-    base, problems = inputs.base.checkpoint, []
-    names = set(base) | set(written)
-    for name in sorted(names):
+    base = inputs.base.checkpoint
+
+    def problem(name: str) -> str | None:
         if name not in written or name not in base:
-            problems.append(f"{name!r} (only in {'the result' if name in written else 'the base'})")
-            continue
+            return f"{name!r} (only in {'the result' if name in written else 'the base'})"
         target = inputs.plan.targets.get(name)
         if target is None:
-            if not _equal(base[name], written[name], settings):
-                problems.append(f"{name!r} (untouched, but its bytes changed)")
-            continue
+            same = _equal(base[name], written[name], settings)
+            return None if same else f"{name!r} (untouched, but its bytes changed)"
         rows = tile_that_differs(target, settings, written[name], full=full)
-        if rows is not None:
-            problems.append(f"{name!r} (rows {rows})")
-    return problems
+        return None if rows is None else f"{name!r} (rows {rows})"
+
+    with tile_threads() as pool:
+        found = pool.map(problem, sorted(set(base) | set(written)))
+        return [text for text in found if text is not None]
 
 
 def tile_that_differs(
@@ -49,7 +49,7 @@ def tile_that_differs(
     for start, stop in tiles if full else [tiles[len(tiles) // 2]]:
         expected = renderer.rounded(start, stop)
         part = flat.rows(start, stop) if flat.shape else flat
-        if as_bytes(expected) != part.read():
+        if not np.array_equal(np.frombuffer(as_bytes(expected), np.uint8), _bytes(part)):
             return f"{start}:{stop}"
     return None
 

@@ -1,0 +1,155 @@
+"""The proof of a conversion: the file is opened again, decoded, and every module compared."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from peftsurgery.adapter import Adapter, is_group
+from peftsurgery.algorithms import WeightAdapter, difference
+from peftsurgery.checkpoint import Checkpoint
+from peftsurgery.codec import decode, open_adapter
+from peftsurgery.errors import CheckFailed
+from peftsurgery.reports import Progress, Report
+
+BATCH = 32  # tensors or modules; then the pages they were read from are given back
+BACKWARD_SAFE = (
+    4.0  # a product of two rounded factors and a folded scale moves by a few units of roundoff
+)
+
+
+@contextlib.contextmanager
+def staged_beside(dst: Path) -> Iterator[Path]:
+    """A path beside `dst` to write to and check; whatever is left there when the block ends is
+    removed.
+    """
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    staged = dst.with_name(f".{dst.stem}.{secrets.token_hex(6)}{dst.suffix}")
+    try:
+        yield staged
+    finally:
+        if staged.is_dir():
+            shutil.rmtree(staged)
+        else:
+            staged.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def workers() -> Iterator[ThreadPoolExecutor]:
+    """As many threads as torch would use in one operation, each running whole operations.
+
+    Modules are many and small, and threads that meet inside every operation lose much of their time
+    waiting, most of all where other programs run.
+    """
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    threads = ThreadPoolExecutor(min(count, 4))
+    try:
+        yield threads
+    finally:
+        threads.shutdown(cancel_futures=True)
+        torch.set_num_threads(count)
+
+
+def prove(
+    report: Report,
+    adapter: Adapter,
+    source: Checkpoint,
+    dst: Path,
+    losses: Mapping[str, float],
+    progress: Progress | None,
+) -> float:
+    """Reopen and decode `dst`, compare every module with the source; returns the largest relative
+    error.
+    """
+    known = {c: list(adapter.of(c)) for c in adapter.components}
+    written = open_adapter(dst)
+    again = decode(written, architecture=adapter.architecture, known=_plain(known))
+    worst, worst_path = 0.0, ""
+    over: list[str] = []
+    modules = list(adapter.modules.items())
+    pairs = [(module, again.modules.pop(path, None)) for path, module in modules]
+    batches = [pairs[n : n + BATCH] for n in range(0, len(pairs), BATCH)]
+    with workers() as threads:
+        errors = (error for batch in threads.map(_changes, batches) for error in batch)
+        for done, ((path, module), (_, back)) in enumerate(zip(modules, pairs, strict=True)):
+            if progress is not None:
+                progress(done, len(modules), path)
+            error = next(errors)
+            if done % BATCH == 0:
+                written.release()
+            if not error <= _roundoff(module, back):
+                over.append(path)
+            if error > worst or error != error:
+                worst, worst_path = error, path
+            row = {
+                "module": path,
+                "algorithm": module.algorithm,
+                "rank": module.rank,
+                "scale": float(module.scale),
+                "error": error,
+            }
+            if losses:
+                row["loss"] = losses.get(path, 0.0)
+            report.modules.append(row)
+    extra = [p for p, m in again.modules.items() if not m.is_zero()]
+    missing = [
+        key for key in adapter.extras if key not in again.extras and key != "lora_controlnet"
+    ]
+    if over or extra or missing:
+        raise CheckFailed(_failure(over, extra, missing, worst, worst_path))
+    report.summary["check"] = f"reopened, decoded and compared: {len(modules)} modules agree"
+    if losses:
+        report.summary["largest loss of the fit"] = max(losses.values(), default=0.0)
+    return worst
+
+
+def _changes(pairs: Sequence[tuple[WeightAdapter, WeightAdapter | None]]) -> list[float]:
+    """The relative change of each module; a module that was not written counts as zero."""
+    return [
+        difference(module, back)
+        if back is not None
+        else (0.0 if module.is_zero() else float("inf"))
+        for module, back in pairs
+    ]
+
+
+def _plain(known: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    return {c: [p for p in paths if not is_group(p)] for c, paths in known.items()}
+
+
+def _roundoff(module: WeightAdapter, back: WeightAdapter | None) -> float:
+    """What rounding to the coarser of the two dtypes may move ΔW, relatively."""
+    tensors = [*module.tensors().values(), *(back.tensors().values() if back is not None else ())]
+    return BACKWARD_SAFE * max(torch.finfo(t.dtype).eps for t in tensors)
+
+
+def _failure(
+    over: Sequence[str],
+    extra: Sequence[str],
+    missing: Sequence[str],
+    worst: float,
+    worst_path: str,
+) -> str:
+    reasons = []
+    if over:
+        reasons.append(
+            f"ΔW of {len(over)} modules moved by more than the dtype's rounding, worst "
+            f"{worst_path!r} by {worst:.3g}"
+        )
+    if extra:
+        reasons.append(
+            f"{len(extra)} modules appeared that the source does not have, first {extra[0]!r}"
+        )
+    if missing:
+        reasons.append(f"{len(missing)} carried tensors are missing, first {missing[0]!r}")
+    return (
+        f"the written file does not read back as the source: {'; '.join(reasons)}. Nothing was "
+        "kept. A wider --dtype (fp32) keeps more."
+    )
