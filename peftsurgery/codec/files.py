@@ -168,7 +168,7 @@ def kohya_hashes(
     window += header[start:stop]
     for name in order:
         tensor = tensors[name].detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-        digest.update(memoryview(tensor))
+        digest.update(tensor.data)
         low, high = max(start - position, 0), min(stop - position, tensor.nbytes)
         if low < high:
             window += tensor[low:high].tobytes()

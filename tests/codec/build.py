@@ -128,9 +128,9 @@ def full_kohya(style: str, *, rank: int = 2, divisor: int = 32) -> Shapes:
             wanted = key.startswith(prefix) and key.endswith(".weight") and len(shape) >= 2
             if not wanted or "embedding" in module.rpartition(".")[2]:
                 continue
-            flat = written + module.replace(".", "_")
-            result[f"{flat}.lora_down.weight"] = (rank, *shape[1:])
-            result[f"{flat}.lora_up.weight"] = (shape[0], rank, *[1] * (len(shape) - 2))
+            flat, (out, *rest) = written + module.replace(".", "_"), shape
+            result[f"{flat}.lora_down.weight"] = (rank, *rest)
+            result[f"{flat}.lora_up.weight"] = (out, rank, *[1] * (len(rest) - 1))
             result[f"{flat}.alpha"] = ()
     return result
 
