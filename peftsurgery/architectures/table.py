@@ -51,7 +51,7 @@ from .template import check_same_numbers, expand
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
 _PROPORTIONS = re.compile(r"[1-9]\d*(:[1-9]\d*)+")
 

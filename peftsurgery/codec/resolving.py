@@ -115,7 +115,8 @@ class Resolver:
         return self._bare(record, control)
 
     def _fitting(self, candidates: list[Placement], record: Record) -> Placement:
-        """The first whose pinned shape agrees: CLIP-L and CLIP-G have the same module names."""
+        """CLIP-L and CLIP-G share their module names: the one of the base, or whose shape fits."""
+        candidates = [c for c in candidates if c.component in self.known] or candidates
         if len(candidates) > 1 and self.tensors is not None and record.algorithm not in ("", "set"):
             _, (out, into) = rank_and_shape(record, self.tensors)
             for placement in candidates:

@@ -76,14 +76,18 @@ def prove(
     modules = list(adapter.modules.items())
     pairs = [(module, again.modules.pop(path, None)) for path, module in modules]
     batches = [pairs[n : n + BATCH] for n in range(0, len(pairs), BATCH)]
+
+    def changes(batch: Sequence[tuple[WeightAdapter, WeightAdapter | None]]) -> list[float]:
+        found = _changes(batch)
+        written.release()
+        return found
+
     with workers() as threads:
-        errors = (error for batch in threads.map(_changes, batches) for error in batch)
+        errors = (error for found in threads.map(changes, batches) for error in found)
         for done, ((path, module), (_, back)) in enumerate(zip(modules, pairs, strict=True)):
             if progress is not None:
                 progress(done, len(modules), path)
             error = next(errors)
-            if done % BATCH == 0:
-                written.release()
             if not error <= _roundoff(module, back):
                 over.append(path)
             if error > worst or error != error:

@@ -128,7 +128,7 @@ def full_kohya(style: str, *, rank: int = 2, divisor: int = 32) -> Shapes:
             wanted = key.startswith(prefix) and key.endswith(".weight") and len(shape) >= 2
             if not wanted or "embedding" in module.rpartition(".")[2]:
                 continue
-            flat, (out, *rest) = written + module.replace(".", "_"), shape
+            flat, (out, *rest) = written + module.replace(".", "_"), list(shape)
             result[f"{flat}.lora_down.weight"] = (rank, *rest)
             result[f"{flat}.lora_up.weight"] = (out, rank, *[1] * (len(rest) - 1))
             result[f"{flat}.alpha"] = ()

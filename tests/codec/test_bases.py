@@ -156,3 +156,20 @@ def test_flattened_names_of_an_unknown_family_are_restored_by_its_base(tmp_path:
     clash = {f"{n}.weight": torch.zeros(8, 8) for n in (name, name.replace("_cross", ".cross"))}
     with pytest.raises(UsageError, match="flatten to it"):
         load_adapter(source, base=write(tmp_path / "d.safetensors", clash))
+
+
+def test_adapters_on_openclip_names_split_in_thirds(tmp_path: Path) -> None:
+    """ComfyUI-style names of SDXL's own CLIP-G: one LoRA on in_proj is three on q, k and v."""
+    name = "lora_te2_transformer_resblocks_3_attn_in_proj"
+    tensors = {
+        **Maker(1).lora(name, 3 * 40, 40, 4),
+        **Maker(2).lora("lora_te2_transformer_resblocks_3_mlp_c_fc", 160, 40),
+    }
+    adapter = load_adapter(write(tmp_path / "a.safetensors", tensors), architecture="sdxl")
+    assert set(adapter.modules) == {
+        *(f"{HOME}{n}" for n in ("q_proj", "k_proj", "v_proj")),
+        "text_encoder_2:text_model.encoder.layers.3.mlp.fc1",
+    }
+    whole = tensors[f"{name}.lora_up.weight"] @ tensors[f"{name}.lora_down.weight"]
+    parts = [adapter.modules[f"{HOME}{n}"].delta() for n in ("q_proj", "k_proj", "v_proj")]
+    assert torch.allclose(torch.cat(parts), whole, atol=1e-6)
