@@ -21,12 +21,14 @@ class Patterns:
     """
 
     def __init__(self, values: Mapping[str, float], source: str) -> None:
-        self._plain: dict[str, list[tuple[int, str, float]]] = {}  # text behind the last dot -> …
+        # (length, text behind the last dot) -> patterns without operators
+        self._plain: dict[tuple[int, str], list[tuple[int, str, float]]] = {}
         self._regular: list[tuple[int, re.Pattern[str], float]] = []
         for order, (pattern, value) in enumerate(values.items()):
             if _PLAIN.fullmatch(pattern):
-                end = pattern.removeprefix("^").rpartition(".")[2]
-                self._plain.setdefault(end, []).append((order, pattern, value))
+                text = pattern.removeprefix("^")
+                place = (len(text), text.rpartition(".")[2])
+                self._plain.setdefault(place, []).append((order, pattern, value))
                 continue
             try:
                 compiled = re.compile(rf"(.*\.)?({pattern})$")
@@ -35,18 +37,20 @@ class Patterns:
                     f"{source}: {pattern!r} in the adapter config is no regular expression: {error}"
                 ) from error
             self._regular.append((order, compiled, value))
-        self._lengths = sorted({len(end) for end in self._plain})
+        self._ends = sorted({len(end) for _, end in self._plain})
 
     def find(self, path: str, default: float | None) -> float | None:
         """The number of the first pattern that matches `path`, or `default`."""
         best, found = -1, default
-        for length in self._lengths:
-            for order, pattern, value in self._plain.get(path[-length:], ()):
-                if best >= 0 and order > best:
-                    break
-                if _matches(pattern, path):
-                    best, found = order, value
-                    break
+        for start in [0, *(index + 1 for index, char in enumerate(path) if char == ".")]:
+            tail = path[start:]
+            for length in self._ends:
+                for order, pattern, value in self._plain.get((len(tail), tail[-length:]), ()):
+                    if best >= 0 and order > best:
+                        break
+                    if _matches(pattern, tail, whole=start == 0):
+                        best, found = order, value
+                        break
         for order, compiled, value in self._regular:
             if best >= 0 and order > best:
                 break
@@ -55,10 +59,8 @@ class Patterns:
         return found
 
 
-def _matches(pattern: str, path: str) -> bool:
+def _matches(pattern: str, tail: str, *, whole: bool) -> bool:
     text = pattern.removeprefix("^")
-    start = len(path) - len(text)
-    if start < 0 or (start and (text is not pattern or path[start - 1] != ".")):
+    if text is not pattern and not whole:
         return False
-    tail = path[start:]
     return tail == text or all(a in (".", b) for a, b in zip(text, tail, strict=True))

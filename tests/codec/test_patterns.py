@@ -60,6 +60,6 @@ def test_a_thousand_patterns_on_a_thousand_modules() -> None:
     """A dynamically resized SDXL adapter; one regular expression a pair takes a minute."""
     names = [f"down_blocks.{i // 100}.attentions.{i}.attn{i % 7}.to_q" for i in range(1000)]
     found = Patterns({name: float(i) for i, name in enumerate(names)}, "test")
-    start = time.perf_counter()
+    start = time.process_time()
     assert [found.find(name, None) for name in names] == list(range(1000))
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
