@@ -44,6 +44,19 @@ class Checkpoint(Mapping[str, LazyTensor]):
     def _maps(self) -> tuple[FileMap, ...]:
         return tuple({id(t.file): t.file for t in self._tensors.values()}.values())
 
+    def with_tensors(self, tensors: Mapping[str, LazyTensor]) -> Checkpoint:
+        """The checkpoint with other tensors over the same files."""
+        return Checkpoint(
+            self.path,
+            tensors,
+            source=self.source,
+            kind=self.kind,
+            metadata=self.metadata,
+            files=self.files,
+            config=self.config,
+            components=self.components,
+        )
+
     def __getitem__(self, name: str) -> LazyTensor:
         return self._tensors[name]
 

@@ -202,7 +202,7 @@ class Staging:
                     done.append(target)
             if self.sync:
                 for folder in {target.parent for _, target in self._files}:
-                    _sync_folder(folder)
+                    sync_folder(folder)
         except BaseException as error:
             for target in done:
                 target.unlink(missing_ok=True)
@@ -235,7 +235,8 @@ def _rename_new(temporary: Path, target: Path) -> None:
         os.unlink(temporary)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make names in a folder durable."""
     if os.name == "nt":
         return
     fd = os.open(folder, os.O_RDONLY)

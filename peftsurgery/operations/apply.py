@@ -12,7 +12,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ from peftsurgery.checkpoint.dtypes import torch_dtype
 from peftsurgery.errors import CannotSplit, CheckFailed, UnsupportedError
 from peftsurgery.operations.plan import Edit, Target
 from peftsurgery.operations.rounding import Survival, generator, stochastic, survival_of
+from peftsurgery.operations.staging import workers
 
 TILE = 1 << 20  # elements of a row tile: smaller ones drown in dispatch, larger leave the cache
 SAMPLED = 1 << 26  # elements; of larger merges survival is measured on some of the tiles
@@ -307,22 +308,6 @@ def _bias_operation(module: WeightAdapter, t: float) -> RowOperation:
     return add
 
 
-@contextlib.contextmanager
-def tile_threads() -> Iterator[ThreadPoolExecutor]:
-    """A pool of one thread per core whose torch operations use one thread each.
-
-    Tiles are independent: working on several of them needs no barriers, as splitting one does.
-    """
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)  # threads that start from now on use one each
-    pool = ThreadPoolExecutor(count)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-        torch.set_num_threads(count)
-
-
 class Pipeline:
     """Renders tiles on several threads, ahead of the writer and in its order."""
 
@@ -342,7 +327,7 @@ class Pipeline:
         self._ahead: deque[tuple[Target, Future[tuple[Tensor, Survival]]]] = deque()
 
     def __enter__(self) -> Pipeline:
-        self._pool = self._exit.enter_context(tile_threads())
+        self._pool = self._exit.enter_context(workers())
         return self
 
     def __exit__(self, *_: object) -> None:

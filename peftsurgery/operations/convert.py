@@ -30,8 +30,9 @@ from peftsurgery.layouts import LAYOUT_NAMES, layout_named
 from peftsurgery.operations.headers import Headers
 from peftsurgery.operations.journal import refuse_pending
 from peftsurgery.operations.lineage import Hashing, stamp
-from peftsurgery.operations.proving import BATCH, prove, staged_beside, workers
+from peftsurgery.operations.proving import BATCH, prove
 from peftsurgery.operations.refit import refit, values_as_differences
+from peftsurgery.operations.staging import staged_beside, workers
 from peftsurgery.reports import Progress, Report
 
 DTYPES = {
@@ -209,16 +210,7 @@ def _without(checkpoint: Checkpoint, patterns: Sequence[str]) -> Checkpoint:
     if not patterns:
         return checkpoint
     kept = {k: checkpoint[k] for k in checkpoint if not _matches(k, patterns)}
-    return Checkpoint(
-        checkpoint.path,
-        kept,
-        source=checkpoint.source,
-        kind=checkpoint.kind,
-        metadata=checkpoint.metadata,
-        files=checkpoint.files,
-        config=checkpoint.config,
-        components=checkpoint.components,
-    )
+    return checkpoint.with_tensors(kept)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
@@ -277,7 +269,7 @@ def _cast(encoded: Encoded, dtype: torch.dtype, source: Checkpoint) -> None:
         narrow = tensor.element_size() <= 2  # exact in fp32, and twice as fast by way of it
         return (tensor.detach().float() if narrow else tensor.detach()).to(dtype)
 
-    with workers() as threads:
+    with workers(4) as threads:
         for tensors in encoded.tensors.values():
             keys = [
                 key

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from peftsurgery.checkpoint import Checkpoint, open_checkpoint
 from peftsurgery.checkpoint.pickles import is_pickle_name
-from peftsurgery.checkpoint.writing import as_bytes
+from peftsurgery.checkpoint.writing import as_bytes, sync_folder
 from peftsurgery.errors import CheckFailed, Finding, UnsupportedError, UsageError
 from peftsurgery.operations.apply import Pipeline, Settings, Survival, alternatives
 from peftsurgery.operations.inputs import DENSE, Inputs
@@ -31,7 +31,6 @@ from peftsurgery.operations.journal import (
     remove,
     roll_back,
     sweep,
-    sync_folder,
     unfinished,
 )
 from peftsurgery.operations.merge import merge_words

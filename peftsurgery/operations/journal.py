@@ -19,6 +19,7 @@ from glob import escape
 from pathlib import Path
 
 from peftsurgery.checkpoint import Checkpoint, LazyTensor
+from peftsurgery.checkpoint.writing import sync_folder
 from peftsurgery.errors import CheckFailed, UsageError
 from peftsurgery.operations.undo import Undo, digest_of, originals, read_undo, root_of
 
@@ -191,17 +192,6 @@ def remove(journal: Path) -> None:
     """Delete the journal; the folder is on disk when this returns."""
     os.unlink(journal)
     sync_folder(journal.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make names in a folder durable."""
-    if os.name == "nt":
-        return
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def copy_durably(source: Path, target: Path) -> None:

@@ -8,8 +8,6 @@ tile while earlier tiles are written.
 
 from __future__ import annotations
 
-import contextlib
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -50,6 +48,7 @@ from peftsurgery.operations.merge_report import (
 )
 from peftsurgery.operations.plan import Target
 from peftsurgery.operations.side_files import copy_side_files
+from peftsurgery.operations.staging import staged_beside
 from peftsurgery.operations.strengths import Strength
 from peftsurgery.operations.undo import Merge
 from peftsurgery.operations.undo_writing import check_undoable, identity, write_undo
@@ -178,24 +177,6 @@ def check_output(base: Checkpoint, dst: Path, overwrite: bool) -> None:
         raise UsageError(f"{dst}: the base is a folder of files; give a folder name.")
     if not folder and dst.is_dir():
         raise UsageError(f"{dst}: is a folder, and the base is one file; give a file name.")
-
-
-@contextlib.contextmanager
-def staged_beside(dst: Path, *, folder: bool) -> Iterator[Path]:
-    """A path beside `dst` to write to and check; whatever is left there when the block ends is
-    removed.
-    """
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    staged = dst.with_name(f".{dst.stem}.{secrets.token_hex(6)}{dst.suffix}")
-    try:
-        if folder:
-            staged.mkdir()
-        yield staged
-    finally:
-        if staged.is_dir():
-            shutil.rmtree(staged)
-        else:
-            staged.unlink(missing_ok=True)
 
 
 # writing ------------------------------------------------------------------------------------------

@@ -8,9 +8,10 @@ import torch
 from peftsurgery.checkpoint import Checkpoint, LazyTensor
 from peftsurgery.checkpoint.dtypes import torch_dtype
 from peftsurgery.checkpoint.writing import as_bytes
-from peftsurgery.operations.apply import Renderer, Settings, output_dtype, spans, tile_threads
+from peftsurgery.operations.apply import Renderer, Settings, output_dtype, spans
 from peftsurgery.operations.inputs import DENSE, Inputs
 from peftsurgery.operations.plan import Target
+from peftsurgery.operations.staging import workers
 
 
 def differences(
@@ -29,7 +30,7 @@ def differences(
         rows = tile_that_differs(target, settings, written[name], full=full)
         return None if rows is None else f"{name!r} (rows {rows})"
 
-    with tile_threads() as pool:
+    with workers() as pool:
         found = pool.map(problem, sorted(set(base) | set(written)))
         return [text for text in found if text is not None]
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import secrets
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,45 +12,13 @@ from peftsurgery.algorithms import WeightAdapter, difference
 from peftsurgery.checkpoint import Checkpoint
 from peftsurgery.codec import decode, open_adapter
 from peftsurgery.errors import CheckFailed
+from peftsurgery.operations.staging import workers
 from peftsurgery.reports import Progress, Report
 
 BATCH = 32  # tensors or modules; then the pages they were read from are given back
 BACKWARD_SAFE = (
     4.0  # a product of two rounded factors and a folded scale moves by a few units of roundoff
 )
-
-
-@contextlib.contextmanager
-def staged_beside(dst: Path) -> Iterator[Path]:
-    """A path beside `dst` to write to and check; whatever is left there when the block ends is
-    removed.
-    """
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    staged = dst.with_name(f".{dst.stem}.{secrets.token_hex(6)}{dst.suffix}")
-    try:
-        yield staged
-    finally:
-        if staged.is_dir():
-            shutil.rmtree(staged)
-        else:
-            staged.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def workers() -> Iterator[ThreadPoolExecutor]:
-    """As many threads as torch would use in one operation, each running whole operations.
-
-    Modules are many and small, and threads that meet inside every operation lose much of their time
-    waiting, most of all where other programs run.
-    """
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    threads = ThreadPoolExecutor(min(count, 4))
-    try:
-        yield threads
-    finally:
-        threads.shutdown(cancel_futures=True)
-        torch.set_num_threads(count)
 
 
 def prove(
@@ -82,7 +46,7 @@ def prove(
         written.release()
         return found
 
-    with workers() as threads:
+    with workers(4) as threads:
         errors = (error for found in threads.map(changes, batches) for error in found)
         for done, ((path, module), (_, back)) in enumerate(zip(modules, pairs, strict=True)):
             if progress is not None:

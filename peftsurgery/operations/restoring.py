@@ -8,9 +8,9 @@ import shutil
 from pathlib import Path
 
 from peftsurgery.checkpoint import Checkpoint, LazyTensor, open_checkpoint, sha256_of
-from peftsurgery.checkpoint.writing import Sink
+from peftsurgery.checkpoint.writing import Sink, sync_folder
 from peftsurgery.errors import CheckFailed
-from peftsurgery.operations.journal import Advance, copy_durably, prove_base, sync_folder
+from peftsurgery.operations.journal import Advance, copy_durably, prove_base
 from peftsurgery.operations.undo import Undo
 
 

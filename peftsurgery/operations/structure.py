@@ -47,20 +47,6 @@ def renamed(tensor: LazyTensor, name: str) -> LazyTensor:
     return LazyTensor(tensor.file, name, tensor.dtype, tuple(tensor.shape), *span)
 
 
-def with_tensors(base: Checkpoint, tensors: Mapping[str, LazyTensor]) -> Checkpoint:
-    """The checkpoint with other tensors over the same files."""
-    return Checkpoint(
-        base.path,
-        tensors,
-        source=base.source,
-        kind=base.kind,
-        metadata=base.metadata,
-        files=base.files,
-        config=base.config,
-        components=base.components,
-    )
-
-
 # layer replication --------------------------------------------------------------------------------
 
 
@@ -114,7 +100,7 @@ def replicated(base: Checkpoint, adapters: Sequence[Adapter], names: Sequence[st
     if config is None:
         remedy = f"set num_hidden_layers to {len(order)} in the config.json used with the file"
         finding = Finding("warning", "layer-replication", note, None, remedy)
-    return Structure(with_tensors(base, tensors), list(adapters), config, (finding,))
+    return Structure(base.with_tensors(tensors), list(adapters), config, (finding,))
 
 
 def _ranges(value: object, name: str) -> list[tuple[int, int]]:

@@ -14,7 +14,7 @@ from peftsurgery.algorithms import WeightAdapter
 from peftsurgery.checkpoint import Checkpoint
 from peftsurgery.errors import Finding, UsageError
 from peftsurgery.operations.plan import Target
-from peftsurgery.operations.structure import Structure, parts_of, renamed, with_tensors
+from peftsurgery.operations.structure import Structure, parts_of, renamed
 
 TIED = ("error", "both", "untie")
 _EMBEDDING = re.compile(
@@ -159,7 +159,7 @@ def _as_tied(base: Checkpoint, pair: Pair) -> Checkpoint:
     if not pair.stored:
         return base
     name = f"{pair.head}.weight"
-    return with_tensors(base, {**base, name: renamed(base[f"{pair.embedding}.weight"], name)})
+    return base.with_tensors({**base, name: renamed(base[f"{pair.embedding}.weight"], name)})
 
 
 def _untied(
@@ -185,7 +185,7 @@ def _untied(
             None,
             f"set {TIE} to false in the config.json used with the file",
         )
-    return Structure(with_tensors(base, tensors), list(adapters), changed, (finding,))
+    return Structure(base.with_tensors(tensors), list(adapters), changed, (finding,))
 
 
 # vocabularies -------------------------------------------------------------------------------------

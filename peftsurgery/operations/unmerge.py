@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peftsurgery.checkpoint import Checkpoint, open_checkpoint, sha256_of
+from peftsurgery.checkpoint.writing import sync_folder
 from peftsurgery.codec.files import publish
 from peftsurgery.errors import CheckFailed, Finding, UsageError
 from peftsurgery.operations.journal import (
@@ -29,11 +30,11 @@ from peftsurgery.operations.journal import (
     remove,
     roll_back,
     sweep,
-    sync_folder,
     unfinished,
 )
-from peftsurgery.operations.merge import check_output, staged_beside
+from peftsurgery.operations.merge import check_output
 from peftsurgery.operations.restoring import rebuild, replace_file, restore_sides
+from peftsurgery.operations.staging import staged_beside
 from peftsurgery.operations.undo import Undo, originals, read_undo, root_of
 from peftsurgery.reports import Progress, Report
 
