@@ -7,13 +7,11 @@ relative to the base every op_k looks at W_0 instead, which makes the order irre
 
 from __future__ import annotations
 
-import contextlib
 import math
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -24,12 +22,9 @@ from peftsurgery.checkpoint.dtypes import torch_dtype
 from peftsurgery.errors import CannotSplit, CheckFailed, UnsupportedError
 from peftsurgery.operations.plan import Edit, Target
 from peftsurgery.operations.rounding import Survival, generator, stochastic, survival_of
-from peftsurgery.operations.staging import workers
 
 TILE = 1 << 20  # elements of a row tile: smaller ones drown in dispatch, larger leave the cache
-SAMPLED = 1 << 26  # elements; of larger merges survival is measured on some of the tiles
-SAMPLING = 8  # every so many tiles, the first of each tensor included
-AHEAD = 4  # tiles per thread that are under way or wait for the disk
+SAMPLED = 1 << 26  # elements; of larger merges survival is measured on some of the rows
 
 RowOperation = Callable[[Tensor, int, int], None]
 
@@ -58,10 +53,25 @@ def spans(target: Target) -> list[tuple[int, int]]:
     return [(a, min(a + step, rows)) for a in range(0, rows, step)]
 
 
-class Renderer:
-    """Computes row tiles of one target."""
+class Scratch(threading.local):
+    """A few fp32 buffers of each thread, kept from tile to tile: the pages of fresh memory cost
+    more than the arithmetic on them.
+    """
 
-    def __init__(self, target: Target, settings: Settings) -> None:
+    def __init__(self) -> None:
+        self._buffers = [torch.empty(0)] * 4
+
+    def take(self, which: int, rows: int, columns: int) -> Tensor:
+        """Buffer 0 to 3 as (rows, columns); holds what was there before."""
+        if self._buffers[which].numel() < rows * columns:
+            self._buffers[which] = torch.empty(rows * columns)
+        return self._buffers[which][: rows * columns].view(rows, columns)
+
+
+class Renderer:
+    """Computes row tiles of one target; `scratch` is memory that renderers may share."""
+
+    def __init__(self, target: Target, settings: Settings, scratch: Scratch | None = None) -> None:
         self.target = target
         self.settings = settings
         dtype = torch_dtype(output_dtype(target, settings))
@@ -71,49 +81,60 @@ class Renderer:
         self.base: Tensor | None = None
         self.operations: list[tuple[Edit, RowOperation]] = []
         if needs_whole(target):
-            self.base = self._load(0, target.rows).float()
+            self.base = self._stored.float()
             self.whole = self._composed(self.base)
         else:
             self.operations = [(edit, self._row_operation(edit)) for edit in target.edits]
-        self._memory = threading.local()  # tiles are rendered on several threads
+        self._scratch = scratch or Scratch()
+        self._keeps_base = settings.relative_to == "base" and any(
+            not edit.module.additive for edit in target.edits
+        )
 
-    def tile(self, start: int, stop: int, *, measure: bool = True) -> tuple[Tensor, Survival]:
-        """Rows [start, stop) rounded to the output dtype, and what survived (zero sums without
-        `measure`). Raises CheckFailed on NaN, Inf and values that do not fit the dtype.
+    def tile(
+        self, start: int, stop: int, out: Tensor | None = None, *, sample: int = 1
+    ) -> tuple[Tensor, Survival]:
+        """Rows [start, stop) rounded to the output dtype, and what survived in all of them, or in
+        the first of every `sample` rows. out: memory for the rows. Raises CheckFailed on NaN, Inf
+        and values that do not fit the dtype.
         """
-        exact, before = self.exact(start, stop)
-        written = self._round(exact, start)
-        if measure:
-            return written, self._survival(exact, before, written)
-        low, high = (float(bound) for bound in torch.aminmax(exact))
-        if not max(-low, high) <= torch.finfo(self.dtype).max:
-            raise CheckFailed(self._why_not_finite(exact, before))
-        return written, Survival()
+        exact = self._exact(start, stop)
+        written = self._round(exact, start, out)
+        if not _bounded(exact, torch.finfo(self.dtype).max):
+            raise CheckFailed(self._why_not_finite(exact, self.before(start, stop)))
+        rows = -(-(stop - start) // sample)
+        before = self.before(start, start + rows)
+        room = (self._scratch.take(2, *before.shape), self._scratch.take(3, *before.shape))
+        survival = survival_of(exact[:rows], before, written[:rows], room)
+        if not (math.isfinite(survival.kept) and math.isfinite(survival.total)):
+            raise CheckFailed(self._why_not_finite(exact, self.before(start, stop)))
+        return written, survival
 
     def rounded(self, start: int, stop: int) -> Tensor:
         """Rows [start, stop) rounded to the output dtype, without looking at what survived."""
-        return self._round(self.exact(start, stop)[0], start)
+        return self._round(self._exact(start, stop), start)
 
     def exact(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Rows [start, stop) of the result and of the base in fp32, (rows, columns); the next call
         reuses the memory.
         """
-        if self.whole is not None and self.base is not None:
-            return self.whole[start:stop], self.base[start:stop]
-        exact, before = self._scratch(stop - start)
-        before.copy_(self._load(start, stop))
-        exact.copy_(before)
+        return self._exact(start, stop), self.before(start, stop)
+
+    def before(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of the base in fp32; the next call reuses the memory."""
+        if self.base is not None:
+            return self.base[start:stop]
+        before = self._scratch.take(1, stop - start, self.target.columns)
+        return before.copy_(self._stored[start:stop])
+
+    def _exact(self, start: int, stop: int) -> Tensor:
+        if self.whole is not None:
+            return self.whole[start:stop]
+        exact = self._scratch.take(0, stop - start, self.target.columns)
+        exact.copy_(self._stored[start:stop])
+        before = self.before(start, stop) if self._keeps_base else exact
         for edit, operation in self.operations:
             self._apply(edit, operation, exact, before, start, stop)
-        return exact, before
-
-    def _scratch(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Two fp32 buffers of this thread, (rows, columns)."""
-        if not hasattr(self._memory, "buffers"):
-            most = max(b - a for a, b in spans(self.target))
-            self._memory.buffers = torch.empty(2, most, self.target.columns)
-        exact, before = self._memory.buffers
-        return exact[:rows], before[:rows]
+        return exact
 
     def _apply(
         self,
@@ -138,20 +159,22 @@ class Renderer:
                 operation(view, row, row + end - low)
             low = end
 
-    def _load(self, start: int, stop: int) -> Tensor:
-        """Rows of the base, zero-padded where the merge widens it: (rows, columns)."""
+    @cached_property
+    def _stored(self) -> Tensor:
+        """The base as (rows, columns), zero-padded where the merge widens it; otherwise a view of
+        the file.
+        """
         tensor, shape = self.target.tensor, self.target.shape
-        stored = tuple(tensor.shape)
-        if not stored:
-            return tensor.torch().float().reshape(1, 1)
-        if stored == shape:
-            rows = self.target.flat(tensor).rows(start, stop)
-            return rows.torch().reshape(stop - start, -1)
-        full = tensor.torch().float()
-        if len(stored) == len(shape) and all(a <= b for a, b in zip(stored, shape, strict=True)):
-            return pad_to(full, shape)[start:stop].reshape(stop - start, -1)
-        kept = full[: shape[0]]  # a replaced weight with fewer rows
-        return kept[start:stop].reshape(stop - start, -1)
+        stored = tensor.torch()
+        if stored.ndim == 0:
+            return stored.reshape(1, 1)
+        if tuple(stored.shape) != shape:
+            same = stored.ndim == len(shape)
+            if same and all(a <= b for a, b in zip(stored.shape, shape, strict=True)):
+                stored = pad_to(stored, shape)
+            else:
+                stored = stored[: shape[0]]  # a replaced weight with fewer rows
+        return stored.reshape(self.target.rows, self.target.columns)
 
     def _row_operation(self, edit: Edit) -> RowOperation:
         module, t = edit.module, edit.strength
@@ -173,8 +196,8 @@ class Renderer:
         return replace
 
     def _composed(self, base: Tensor) -> Tensor:
-        """The whole tensor at once, for maps that look at all rows (per-input DoRA, transposed
-        weights).
+        """The whole tensor at once, for maps that look at all rows (per-input DoRA, rotations of
+        outputs, transposed weights).
         """
         current = base.clone()
         for edit in self.target.edits:
@@ -216,16 +239,13 @@ class Renderer:
         shape = (rows.shape[0], *part.shape[1:])
         return part.merged(rows.reshape(shape), None, edit.strength)[0].reshape(rows.shape)
 
-    def _round(self, exact: Tensor, start: int) -> Tensor:
-        if self.settings.rounding == "nearest" or self.dtype == torch.float32:
+    def _round(self, exact: Tensor, start: int, out: Tensor | None = None) -> Tensor:
+        if self.settings.rounding == "stochastic" and self.dtype != torch.float32:
+            random = generator(self.settings.seed, self.target.name, start)
+            return stochastic(exact, self.dtype, random)
+        if out is None:
             return exact.to(self.dtype, copy=True)  # the scratch is reused
-        return stochastic(exact, self.dtype, generator(self.settings.seed, self.target.name, start))
-
-    def _survival(self, exact: Tensor, before: Tensor, written: Tensor) -> Survival:
-        result = survival_of(exact, before, written)
-        if not (math.isfinite(result.kept) and math.isfinite(result.total)):
-            raise CheckFailed(self._why_not_finite(exact, before))
-        return result
+        return out.copy_(exact)
 
     def _why_not_finite(self, exact: Tensor, before: Tensor) -> str:
         name, dtype = self.target.name, output_dtype(self.target, self.settings)
@@ -269,13 +289,24 @@ def alternatives(targets: Iterable[Target], settings: Settings) -> dict[str, flo
     return {dtype: total.share for dtype, total in sums.items() if math.isfinite(total.kept)}
 
 
+def _bounded(exact: Tensor, largest: float) -> bool:
+    """Whether every value is a number of at most `largest`: the norm says so in one quick pass, and
+    the extremes where it is not small enough.
+    """
+    flat = exact.reshape(-1)
+    if math.sqrt(float(torch.dot(flat, flat))) <= largest:  # False for NaN
+        return True
+    low, high = (float(bound) for bound in torch.aminmax(flat))
+    return max(-low, high) <= largest
+
+
 def needs_whole(target: Target) -> bool:
-    """Whether some edit's map of a row looks at other rows too: a magnitude per input, or a
-    transposed weight.
+    """Whether some edit's map of a row looks at other rows too: a magnitude per input, a rotation
+    of outputs, or a transposed weight.
     """
     return any(
         edit.parameter == "weight"
-        and (edit.transposed or (not edit.module.additive and edit.module.magnitude_axis == "in"))
+        and (edit.transposed or not (edit.module.additive or edit.module.row_wise))
         for edit in target.edits
     )
 
@@ -288,13 +319,24 @@ def _restricted(module: WeightAdapter, start: int, stop: int) -> WeightAdapter:
         module = module.with_tensors(bias=None, padded_shape=None)
     try:
         return module.rows(start, stop)
-    except CannotSplit:
-        assert module.magnitude is not None
+    except CannotSplit as error:
+        if module.magnitude is None:
+            raise UnsupportedError(
+                f"{error}; the base stores these rows apart. Give a base that stores them fused, "
+                "or convert the adapter with --algorithm lora --base first."
+            ) from error
         delta = module.with_tensors(magnitude=None, magnitude_axis=None).tile(start, stop)
         return Full(delta, magnitude=module.magnitude[start:stop], magnitude_axis="out")
 
 
 def _bias_operation(module: WeightAdapter, t: float) -> RowOperation:
+    if (factor := module.bias_factor) is not None:
+        step = t * (factor.detach() - 1)
+
+        def multiply(out: Tensor, a: int, b: int) -> None:
+            out.addcmul_(out, step[a:b].reshape(out.shape))
+
+        return multiply
     assert module.bias is not None
     bias, value = module.bias.detach().float(), module.bias_is_value
 
@@ -306,62 +348,3 @@ def _bias_operation(module: WeightAdapter, t: float) -> RowOperation:
             out.add_(part, alpha=t)
 
     return add
-
-
-class Pipeline:
-    """Renders tiles on several threads, ahead of the writer and in its order."""
-
-    def __init__(
-        self,
-        targets: Sequence[Target],
-        settings: Settings,
-        progress: Callable[[Target], None] | None = None,
-    ) -> None:
-        self.settings = settings
-        self.survival: dict[str, Survival] = {}
-        self.progress = progress
-        self._threads = torch.get_num_threads()
-        self._exit = contextlib.ExitStack()
-        self._every = 1 if sum(t.numel for t in targets) <= SAMPLED else SAMPLING
-        self._tiles = self._all(targets)
-        self._ahead: deque[tuple[Target, Future[tuple[Tensor, Survival]]]] = deque()
-
-    def __enter__(self) -> Pipeline:
-        self._pool = self._exit.enter_context(workers())
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._exit.close()
-
-    def chunks(self, name: str) -> Iterator[Tensor]:
-        """The tiles of one target; targets have to be asked for in the order given."""
-        total = Survival()
-        self._fill()
-        target = self._ahead[0][0] if self._ahead else None
-        if target is None or target.name != name:
-            raise RuntimeError(f"tiles of {target and target.name!r} where {name!r} was expected")
-        while self._ahead and self._ahead[0][0] is target:
-            tile, survival = self._ahead.popleft()[1].result()
-            self._fill()
-            total.add(survival)
-            yield tile
-        self.survival[name] = total
-        if self.progress is not None:
-            self.progress(target)
-
-    def _fill(self) -> None:
-        """Keep enough tiles under way, or waiting, for every thread and the writer."""
-        while len(self._ahead) < AHEAD * self._threads:
-            following = next(self._tiles, None)
-            if following is None:
-                return
-            target, renderer, (start, stop) = following
-            measure = start // max(1, stop - start) % self._every == 0
-            tile = self._pool.submit(renderer.tile, start, stop, measure=measure)
-            self._ahead.append((target, tile))
-
-    def _all(self, targets: Sequence[Target]) -> Iterator[tuple[Target, Renderer, tuple[int, int]]]:
-        for target in targets:
-            renderer = Renderer(target, self.settings)
-            for span in spans(target):
-                yield target, renderer, span

@@ -18,7 +18,7 @@ from peftsurgery.checkpoint import Checkpoint, open_checkpoint
 from peftsurgery.checkpoint.pickles import is_pickle_name
 from peftsurgery.checkpoint.writing import as_bytes, sync_folder
 from peftsurgery.errors import CheckFailed, Finding, UnsupportedError, UsageError
-from peftsurgery.operations.apply import Pipeline, Settings, Survival, alternatives
+from peftsurgery.operations.apply import Settings, Survival, alternatives
 from peftsurgery.operations.inputs import DENSE, Inputs
 from peftsurgery.operations.journal import (
     check_untouched,
@@ -41,6 +41,7 @@ from peftsurgery.operations.merge_report import (
     plan_rows,
     report_survival,
 )
+from peftsurgery.operations.pipeline import Pipeline
 from peftsurgery.operations.plan import Target
 from peftsurgery.operations.undo import Merge, Undo, digest_of, read_undo, root_of
 from peftsurgery.operations.undo_writing import record_merged, write_undo

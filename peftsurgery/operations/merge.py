@@ -32,7 +32,6 @@ from peftsurgery.codec.files import publish
 from peftsurgery.errors import CheckFailed, UsageError
 from peftsurgery.operations.apply import (
     TILE,
-    Pipeline,
     Settings,
     Survival,
     alternatives,
@@ -46,6 +45,7 @@ from peftsurgery.operations.merge_report import (
     plan_rows,
     report_survival,
 )
+from peftsurgery.operations.pipeline import Pipeline
 from peftsurgery.operations.plan import Target
 from peftsurgery.operations.side_files import copy_side_files
 from peftsurgery.operations.staging import staged_beside

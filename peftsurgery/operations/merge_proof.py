@@ -13,6 +13,8 @@ from peftsurgery.operations.inputs import DENSE, Inputs
 from peftsurgery.operations.plan import Target
 from peftsurgery.operations.staging import workers
 
+PIECE = 1 << 18  # bytes
+
 
 def differences(
     inputs: Inputs, settings: Settings, written: Checkpoint, *, full: bool
@@ -50,7 +52,7 @@ def tile_that_differs(
     for start, stop in tiles if full else [tiles[len(tiles) // 2]]:
         expected = renderer.rounded(start, stop)
         part = flat.rows(start, stop) if flat.shape else flat
-        if not np.array_equal(np.frombuffer(as_bytes(expected), np.uint8), _bytes(part)):
+        if not _same(as_bytes(expected), part.read()):
             return f"{start}:{stop}"
     return None
 
@@ -63,11 +65,17 @@ def _equal(before: LazyTensor, after: LazyTensor, settings: Settings) -> bool:
         return False
     if dtype != before.dtype:
         return torch.equal(before.torch().to(torch_dtype(dtype)), after.torch())
-    return np.array_equal(_bytes(before), _bytes(after))
+    return _same(before.read(), after.read())
 
 
-def _bytes(tensor: LazyTensor) -> np.ndarray:
-    return np.frombuffer(tensor.read(), np.uint8)
+def _same(first: memoryview, second: memoryview) -> bool:
+    """Whether two runs of bytes are equal, compared by pieces: numpy makes a mask of each."""
+    if first.nbytes != second.nbytes:
+        return False
+    pairs = ((first[n : n + PIECE], second[n : n + PIECE]) for n in range(0, first.nbytes, PIECE))
+    return all(
+        np.array_equal(np.frombuffer(a, np.uint8), np.frombuffer(b, np.uint8)) for a, b in pairs
+    )
 
 
 def written_dtype(tensor: LazyTensor, settings: Settings) -> str:

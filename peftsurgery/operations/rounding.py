@@ -29,12 +29,20 @@ class Survival:
         self.error += other.error
 
 
-def survival_of(exact: Tensor, before: Tensor, written: Tensor) -> Survival:
-    """Sums over the elements of a tile; not finite when one of the three holds NaN or Inf."""
-    delta = (exact - before).reshape(-1)
-    kept = written.to(torch.float32, copy=True).reshape(-1).sub_(before.reshape(-1))
-    inner, total = float(torch.dot(kept, delta)), float(torch.dot(delta, delta))
-    return Survival(inner, total, float(torch.dot(kept.sub_(delta), kept)))
+def survival_of(
+    exact: Tensor, before: Tensor, written: Tensor, room: tuple[Tensor, Tensor] | None = None
+) -> Survival:
+    """Sums over the elements of a tile; not finite when one of the three holds NaN or Inf.
+
+    With e = written - exact: <kept, Δ> = ||Δ||² + <e, Δ>, and the error is ||e||². room: two fp32
+    tensors of the tile's shape to work in.
+    """
+    delta, error = room or (torch.empty_like(exact), torch.empty_like(exact))
+    torch.sub(exact, before, out=delta)
+    error.copy_(written).sub_(exact)
+    delta, error = delta.reshape(-1), error.reshape(-1)
+    total = float(torch.dot(delta, delta))
+    return Survival(total + float(torch.dot(error, delta)), total, float(torch.dot(error, error)))
 
 
 def generator(seed: int, name: str, row: int) -> torch.Generator:

@@ -13,7 +13,8 @@ from torch import Tensor
 from peftsurgery.algorithms import Full, LoHa, LoKr, LoRA, Replace, WeightAdapter
 from peftsurgery.checkpoint import open_checkpoint
 from peftsurgery.operations import apply
-from peftsurgery.operations.apply import Pipeline, Renderer, Settings, Survival, needs_whole, spans
+from peftsurgery.operations.apply import Renderer, Settings, Survival, needs_whole, spans
+from peftsurgery.operations.pipeline import Pipeline
 from peftsurgery.operations.plan import Edit, Target
 from tests.operations.merging import random
 
