@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-import time
 from importlib.util import find_spec
 
 import pytest
 
 HEAVY = ("torch", "numpy", "rich", "huggingface_hub", "safetensors", "transformers", "diffusers")
 LIGHT = ("errors", "checkpoint", "architectures", "layouts", "reports", "cli")
-SECONDS = 0.25
+MODULES = 40
 
 
 def loaded(code: str) -> set[str]:
@@ -51,17 +49,13 @@ def test_command_modules_do_not_import_torch() -> None:
     assert "torch" not in loaded(code)
 
 
-@pytest.mark.skipif(not hasattr(os, "wait4"), reason="needs the CPU time of a child process")
-def test_help_takes_less_than_a_quarter_second() -> None:
-    """Best of five in CPU seconds, which a busy machine does not inflate as it does wall time."""
-    best = float("inf")
-    for _ in range(5):
-        with subprocess.Popen(
-            [sys.executable, "-m", "peftsurgery", "--help"], stdout=subprocess.DEVNULL
-        ) as child:
-            start = time.monotonic()
-            _, status, usage = os.wait4(child.pid, 0)
-            child.returncode = os.waitstatus_to_exitcode(status)
-        assert child.returncode == 0
-        best = min(best, usage.ru_utime + usage.ru_stime, time.monotonic() - start)
-    assert best < SECONDS
+def test_help_imports_little_beside_click() -> None:
+    """The time is in tests/benchmarks/convert.py; here the modules, which are what takes it."""
+    code = (
+        "import sys, click; before = set(sys.modules)\n"
+        "from peftsurgery.cli import main\n"
+        "try: main(['--help'], prog_name='peftsurgery')\n"
+        "except SystemExit: print(*set(sys.modules) - before)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert len(run.stdout.splitlines()[-1].split()) < MODULES

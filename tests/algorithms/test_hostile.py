@@ -1,7 +1,6 @@
 """Wrong shapes, missing fields, NaN, empty tensors: refused by name, before any arithmetic."""
 
 import math
-import time
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +10,7 @@ from torch import Generator, Tensor
 from peftsurgery.algorithms import Full, LoHa, LoKr, LoRA, Replace, WeightAdapter
 from peftsurgery.errors import UsageError
 from tests.algorithms.cases import close, draw
+from tests.counting import calls
 
 
 def z(*shape: int) -> Tensor:
@@ -142,12 +142,6 @@ def test_fp16_factors_are_multiplied_in_fp32(rng: Generator) -> None:
 
 
 def test_a_thousand_modules_are_built_quickly() -> None:
-    """About 30 us each on a quiet machine; the bound leaves room for a loaded one."""
+    """A file holds a thousand: setting attributes of nn.Module is five times as many calls."""
     tensors = [(z(8, 2).half(), z(2, 8).half()) for _ in range(788)]
-    best = math.inf
-    for _ in range(5):
-        start = time.perf_counter()
-        built = [LoRA(up, down, scale=0.5) for up, down in tensors]
-        best = min(best, time.perf_counter() - start)
-    assert len(built) == 788
-    assert best < 0.3
+    assert calls(lambda: [LoRA(up, down, scale=0.5) for up, down in tensors]) < 70 * 788

@@ -8,8 +8,8 @@ with 0. The file is generated: Kohya's SDXL names, fp16, every linear and convol
 alpha half of the rank. Every round measures every row once, after a `sync`.
 
 * whole process: from start to exit of a fresh interpreter, imports and verification included.
-* data path: open, decode, encode, save and prove (reopen, decode, compare every module), in a
-  process that has imported everything; `convert()` adds the SHA-256 of the input. `cp` is
+* data path: open, decode, encode and save, in a process that has imported everything. The proof
+  adds reopening, decoding and comparing every module, `convert()` the SHA-256 of the input. `cp` is
   coreutils', of the same file in the same round. With fsync both wait for the disk.
 * a speed against cp is a ratio of two figures of one round; the median over the rounds is shown.
 * cpu is user and system time of all threads, which neighbours on the machine lengthen less.
@@ -86,15 +86,18 @@ def help_imports() -> None:
         print("\nIMPORTED", *[name for name in HEAVY if name in sys.modules])
 
 
-def data_path(source: str, target: str, sync: str, hashed: str) -> None:
-    """Print the seconds of `convert()`, with or without fsync and the hash of the input."""
+def data_path(source: str, target: str, *steps: str) -> None:
+    """Print the seconds of `convert()` with the `steps` proof, fsync and hash, or without."""
     from peftsurgery.checkpoint import Checkpoint
+    from peftsurgery.operations import writing_adapter
     from peftsurgery.operations.convert import convert
 
-    if sync == "no":
+    if "fsync" not in steps:
         os.fsync = lambda _: None
-    if hashed == "no":
+    if "hash" not in steps:
         Checkpoint.sha256 = lambda self: {}
+    if "proof" not in steps:
+        writing_adapter.prove = lambda *_: 0.0
     begin = time.perf_counter()
     report = convert(source, target, to="diffusers")
     seconds = time.perf_counter() - begin
@@ -171,16 +174,20 @@ def cases(folder: Path, source: Path) -> Iterator[Case]:
                 os.fsync(file.fileno())
         return time.perf_counter() - begin
 
-    def path(sync: str, hashed: str) -> float:
-        return seconds(job("data-path", source, target, sync, hashed))
+    def path(*steps: str) -> float:
+        return seconds(job("data-path", source, target, *steps))
 
     yield Case("--help", lambda: cli("--help"), limit=0.25)
     yield Case("inspect", lambda: cli("inspect", source), limit=1.0)
     yield Case("cp", lambda: cp(False))
-    yield Case("data path", lambda: path("no", "no"), against="cp", share=0.5)
+    yield Case("data path", path, against="cp", share=0.5)
+    yield Case("data path, proof", lambda: path("proof"), against="cp")
     yield Case("cp, fsync", lambda: cp(True))
-    yield Case("data path, fsync", lambda: path("yes", "no"), against="cp, fsync", share=0.5)
-    yield Case("convert(), fsync", lambda: path("yes", "yes"), against="cp, fsync")
+    yield Case(
+        "data path, proof, fsync", lambda: path("proof", "fsync"), against="cp, fsync", share=0.5
+    )
+    yield Case("convert(), fsync", lambda: path("proof", "fsync", "hash"), against="cp, fsync")
+    yield Case("import torch", lambda: run(sys.executable, "-c", "import torch"))
     yield Case("convert to diffusers", lambda: convert("diffusers"), limit=4.0, memory=memory)
     yield Case("convert to kohya-hf", lambda: convert("kohya-hf"), memory=memory)
     yield Case("the same, --dtype bf16", lambda: convert("diffusers", "--dtype", "bf16"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 from peftsurgery.codec.patterns import Patterns
 from peftsurgery.codec.scales import patterns
 from peftsurgery.errors import UsageError
+from tests.counting import calls
 
 SEGMENT = st.sampled_from(["a", "b_c", "ab", "0", "11", "to_q", "x-y"])
 PATH = st.lists(SEGMENT, min_size=1, max_size=4).flatmap(
@@ -57,9 +57,8 @@ def test_a_pattern_that_is_no_regular_expression_is_named() -> None:
 
 
 def test_a_thousand_patterns_on_a_thousand_modules() -> None:
-    """A dynamically resized SDXL adapter; one regular expression a pair takes a minute."""
+    """A dynamically resized SDXL adapter; one regular expression a pair would be a million."""
     names = [f"down_blocks.{i // 100}.attentions.{i}.attn{i % 7}.to_q" for i in range(1000)]
     found = Patterns({name: float(i) for i, name in enumerate(names)}, "test")
-    start = time.process_time()
     assert [found.find(name, None) for name in names] == list(range(1000))
-    assert time.process_time() - start < 5
+    assert calls(lambda: [found.find(name, None) for name in names]) < 200_000
