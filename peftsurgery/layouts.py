@@ -19,6 +19,17 @@ FULL = {"diff": "diff"}
 NORM = {"diff": "w_norm"}
 LORA_DOWN_UP = {"down": "lora_down.weight", "up": "lora_up.weight", "mid": "lora_mid.weight"}
 LORA_A_B = {"down": "lora_A.weight", "up": "lora_B.weight"}
+OFT_BLOCKS = {"blocks": "oft_blocks", "rescale": "rescale"}  # BOFT: one dimension more
+IA3_WEIGHT = {"vector": "weight", "on_input": "on_input"}
+GLORA = {f: f"{f}.weight" for f in ("a1", "a2", "b1", "b2", "bm")}
+LYCORIS_MAPS = {"boft": OFT_BLOCKS, "oft": OFT_BLOCKS, "ia3": IA3_WEIGHT, "glora": GLORA}
+OFT_VECTOR = {"vector": "oft_R.weight", "scaled": "oft_R.scaled_oft"}
+PEFT_MAPS = {
+    "oft": {"vector": "oft_R.weight", "embedding_vector": "oft_embedding_R.weight"},
+    "boft": {"blocks": "boft_R", "rescale": "boft_s"},
+    "hra": {"u": "hra_u"},
+    "ia3": {"vector": "ia3_l"},
+}
 
 
 @dataclass(frozen=True)
@@ -43,15 +54,32 @@ class Dialect:
 
 
 KOHYA = Dialect(
-    {"lora": LORA_DOWN_UP, "loha": LOHA, "lokr": LOKR, "full": FULL, "norm": NORM},
+    {
+        "lora": LORA_DOWN_UP,
+        "loha": LOHA,
+        "lokr": LOKR,
+        "full": FULL,
+        "norm": NORM,
+        **LYCORIS_MAPS,
+    },
     alpha="alpha",
     magnitude="dora_scale",
     magnitude_axes=("out", "in"),
     bias="diff_b",
     norm_bias="b_norm",
 )
+ONETRAINER = replace(
+    KOHYA,
+    algorithms={
+        **{a: f for a, f in KOHYA.algorithms.items() if a not in LYCORIS_MAPS},
+        "oft": OFT_VECTOR,
+    },
+)
 COMFY = Dialect(
-    {**KOHYA.algorithms, "full": FULL, "norm": NORM, "set": {"weight": "set_weight"}},
+    {
+        **{a: f for a, f in KOHYA.algorithms.items() if a != "ia3"},
+        "set": {"weight": "set_weight"},
+    },
     alpha="alpha",
     magnitude="dora_scale",
     magnitude_axes=("out", "in"),
@@ -61,7 +89,7 @@ COMFY = Dialect(
     padded_shape="reshape_weight",
 )
 PEFT = Dialect(
-    {"lora": LORA_A_B, "loha": LOHA, "lokr": LOKR, "set": {"weight": "weight"}},
+    {"lora": LORA_A_B, "loha": LOHA, "lokr": LOKR, **PEFT_MAPS, "set": {"weight": "weight"}},
     magnitude="lora_magnitude_vector",
     magnitude_axes=("out",),
     bias="lora_B.bias",
@@ -77,7 +105,7 @@ DIFFUSERS = Dialect(
 )
 DIFFUSERS_CONTROLNET = replace(DIFFUSERS, bias_value="bias")
 AB_ALPHA = Dialect(
-    {"lora": LORA_A_B, "loha": LOHA, "lokr": LOKR},
+    {"lora": LORA_A_B, "loha": LOHA, "lokr": LOKR, "oft": OFT_VECTOR},
     alpha="alpha",
     magnitude="dora_scale",
     magnitude_axes=("out", "in"),
@@ -241,7 +269,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "onetrainer",
         "OneTrainer mixture (legacy)",
         "flat",
-        KOHYA,
+        ONETRAINER,
         ("onetrainer", "onetrainer"),
         embeddings=True,
         readers="OneTrainer, ComfyUI",
@@ -250,7 +278,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "onetrainer-kohya",
         "OneTrainer KOHYA",
         "flat",
-        KOHYA,
+        ONETRAINER,
         ("kohya", "onetrainer"),
         "preferred",
         embeddings=True,

@@ -8,14 +8,19 @@ formulas.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..errors import CannotSplit, UsageError
-from ..linalg import RankRule, Triplet, core_svd, dense_svd
+from ..errors import CannotSplit, UnsupportedError, UsageError
+from ..linalg import Chooser, Triplet, core_svd, dense_svd
+from .layer import Layer
 from .slots import Part, check_parts, fit_shape, fuse_common, pad_to
 from .storage import AdapterTensors, Common
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class WeightAdapter(AdapterTensors):
@@ -32,7 +37,20 @@ class WeightAdapter(AdapterTensors):
     bias            change of the bias (o,): a delta with scale, or its value (`bias_is_value`).
     padded_shape    W is zero-padded at the end of each dimension to this shape first.
     stored          how the file names the layer: "linear", "embedding" or "conv1d"; carried only.
+
+    `side` says how a live layer realises the map W -> W' without forming W', on a layer that uses
+    its weight as `Layer.apply` does:
+
+    "sum"      y + t · change(x, layer)                ΔW does not look at W
+    "input"    the layer run on turned(x, layer, t)    W' = W M
+    "output"   mapped(y, layer, bias, t)               W' = M W
+    "weight"   not at all: the layer is run with W'    W' is no product of W with something
+
+    The three are differentiable in the parameters, get x (y) in the parameters' dtype unless
+    autocast is on, and may return any dtype.
     """
+
+    side: ClassVar[str] = "sum"
 
     # --- to be written by each algorithm ----------------------------------------------------------
 
@@ -50,6 +68,49 @@ class WeightAdapter(AdapterTensors):
     @classmethod
     def _fuse(cls, parts: Sequence[Part], common: Common) -> WeightAdapter:
         raise NotImplementedError
+
+    @classmethod
+    def init(
+        cls,
+        weight: Tensor,
+        *,
+        rank: int | None = None,
+        alpha: float | None = None,
+        generator: torch.Generator | None = None,
+        stored: str = "linear",
+        dtype: torch.dtype = torch.float32,
+        **options: object,
+    ) -> Self:
+        """A fresh trainable adapter of `weight` (its device, `dtype`): ΔW = 0 exactly.
+
+        rank, alpha   scale = alpha / rank; alpha missing is scale 1. `options` are the algorithm's.
+        """
+        raise UnsupportedError(f"{cls.__name__} cannot be started afresh; attach a file of it.")
+
+    # --- on activations ---------------------------------------------------------------------------
+
+    def change(self, x: Tensor, layer: Layer) -> Tensor:
+        """layer.apply(x, ΔW), scale included, before any DoRA magnitude; "sum" only. Here through
+        the dense ΔW.
+        """
+        dense = self._dense(self._shape)
+        kernel = layer.kernel if layer.kind == "conv" else ()
+        if kernel and tuple(dense.shape[2:]) != kernel:
+            dense = dense.reshape(dense.shape[0], -1, *kernel)
+        return layer.apply(x, dense if layer.kind == "embedding" else dense.to(x.dtype))
+
+    def turned(self, x: Tensor, layer: Layer, strength: float | Tensor) -> Tensor:
+        """x' with layer.apply(x', W) = layer.apply(x, W + t (W M - W)); "input" only."""
+        raise UnsupportedError(f"{type(self).__name__} does not act on the layer's input.")
+
+    def mapped(
+        self, y: Tensor, layer: Layer, bias: Tensor | None, strength: float | Tensor
+    ) -> Tensor:
+        """layer.apply(x, W + t (M W - W), bias) from y = layer.apply(x, W, bias); "output" only.
+
+        The bias is not mapped unless the algorithm says so.
+        """
+        raise UnsupportedError(f"{type(self).__name__} does not act on the layer's output.")
 
     # --- ΔW ---------------------------------------------------------------------------------------
 
@@ -97,7 +158,7 @@ class WeightAdapter(AdapterTensors):
         """
         return self._factors(torch.float32) if self.additive else None
 
-    def svd(self, rule: RankRule | None = None) -> Triplet:
+    def svd(self, rule: Chooser | None = None) -> Triplet:
         """U (o, k), S (k,), Vh (k, i·k) of ΔW, from factors if there are any; additive only."""
         self._require_additive("svd")
         if bad := self.nonfinite():
@@ -142,7 +203,7 @@ class WeightAdapter(AdapterTensors):
     def _replacement(self, base: Tensor) -> Tensor:
         """W_1 of an adapter that is not additive; here DoRA."""
         assert self.magnitude is not None
-        direction = base + self._dense(tuple(base.shape))
+        direction = self.with_direction(base)
         axis = 0 if self.magnitude_axis == "out" else 1
         if direction.ndim < 2 or direction.shape[axis] != self.magnitude.numel():
             raise UsageError(
@@ -150,9 +211,18 @@ class WeightAdapter(AdapterTensors):
                 f"'{self.magnitude_axis}' of a weight {tuple(base.shape)}."
             )
         others = [d for d in range(direction.ndim) if d != axis]
-        norm = torch.linalg.vector_norm(direction, dim=others, keepdim=True)
+        # a constant in the backward pass, as the paper (section 4.3) and PEFT have it
+        norm = torch.linalg.vector_norm(direction.detach(), dim=others, keepdim=True)
         magnitude = self.magnitude.float().reshape(norm.shape)
         return direction * torch.where(norm > 0, magnitude / torch.where(norm > 0, norm, 1.0), 1.0)
+
+    def with_direction(self, base: Tensor) -> Tensor:
+        """W + ΔW before the magnitude; additive algorithms with or without DoRA."""
+        return base + self._dense(tuple(base.shape))
+
+    def merged_bias(self, bias: Tensor | None, strength: float) -> Tensor | None:
+        """b' of `merged` alone."""
+        return self._merged_bias(bias, strength)
 
     def _merged_bias(self, bias: Tensor | None, strength: float) -> Tensor | None:
         if bias is not None:

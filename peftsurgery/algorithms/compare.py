@@ -10,7 +10,10 @@ from torch import Tensor
 from ..errors import UsageError
 from ..linalg import low_rank_difference_norm, low_rank_norm
 from .base import WeightAdapter
+from .glora import GLoRA
 from .lora import LoRA
+from .maps import WeightMap
+from .oft import OFT
 from .slots import bit_equal, fit_shape
 
 TILE = 1 << 20  # elements of an fp64 row tile
@@ -37,9 +40,12 @@ def difference(a: WeightAdapter, b: WeightAdapter) -> float:
     percent. Two DoRA compare their products before the norm, and their magnitudes by
     max|m_a - m_b| / max|m|; two replacements compare values. inf when the two are of kinds that
     only a weight could compare: one additive and one not, another magnitude axis, bias delta
-    against bias value, another padding. nan when either holds NaN.
+    against bias value, another padding. Maps of the weight (rotations, IA3, GLoRA) are compared by
+    what they make of a trial weight. nan when either holds NaN.
     UsageError when the shapes differ (trailing ones and flattening aside).
     """
+    if any(isinstance(m, WeightMap | GLoRA) for m in (a, b)):
+        return _map_difference(a, b)
     if not fit_shape(a.shape, b.shape):
         raise UsageError(f"difference: shapes {a.shape} and {b.shape} are not of one weight.")
     if a is b or _identical(a, b):
@@ -51,6 +57,36 @@ def difference(a: WeightAdapter, b: WeightAdapter) -> float:
         x, y = a.magnitude.double(), b.magnitude.double()
         found.append(_ratio(float((x - y).abs().max()), float(x.abs().max()), float(y.abs().max())))
     return math.nan if any(math.isnan(f) for f in found) else max(found)
+
+
+PROBE = 16  # rows, or columns, of the trial weight where neither map tells how many
+
+
+def _map_difference(a: WeightAdapter, b: WeightAdapter) -> float:
+    """By what both make of one trial weight of independent normal values, in fp64."""
+    if _identical(a, b) and (not isinstance(a, WeightMap) or a.same_map(b)):
+        return 0.0
+    if a.additive or b.additive or a.magnitude is not None or b.magnitude is not None:
+        return math.inf
+    if a.bias_is_value != b.bias_is_value:
+        return math.inf
+    shape = _common_shape(a, b)
+    trial = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x, y = (m.on(shape)._replacement(trial).detach() - trial for m in (a, b))
+    found = [_ratio(float((x - y).norm()), float(x.norm()), float(y.norm()))]
+    found.append(_relative(a.bias, b.bias))
+    factors = [None if m.bias_factor is None else m.bias_factor - 1 for m in (a, b)]
+    found.append(_relative(*factors))
+    return math.nan if any(math.isnan(f) for f in found) else max(found)
+
+
+def _common_shape(a: WeightAdapter, b: WeightAdapter) -> tuple[int, ...]:
+    rows = a.shape[0] or b.shape[0] or PROBE
+    tails = [m.shape[1:] for m in (a, b) if len(m.shape) > 1 and all(m.shape[1:])]
+    if tails:
+        return rows, *max(tails, key=len)
+    widths = [m.block_size for m in (a, b) if isinstance(m, OFT) and m.acts_on == "in"]
+    return rows, math.lcm(*widths) if widths else PROBE
 
 
 def _identical(a: WeightAdapter, b: WeightAdapter) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from .base import WeightAdapter
+from .fresh import refuse_options, trainable
 from .slots import Part, ratio, scaled, stack_rows, widest
 from .storage import Common
 
@@ -31,6 +32,23 @@ class Full(WeightAdapter):
 
     def __init__(self, diff: Tensor | None = None, **common: Unpack[Common]) -> None:
         super().__init__({"diff": diff}, **common)
+
+    @classmethod
+    def init(
+        cls,
+        weight: Tensor,
+        *,
+        rank: int | None = None,
+        alpha: float | None = None,
+        generator: torch.Generator | None = None,
+        stored: str = "linear",
+        dtype: torch.dtype = torch.float32,
+        **options: object,
+    ) -> Full:
+        """diff = 0, scale 1; rank and alpha mean nothing here."""
+        refuse_options(cls, options)
+        diff = torch.zeros(weight.shape, device=weight.device)
+        return trainable(cls(diff, stored=stored), dtype)
 
     def _measure(self) -> tuple[int, ...]:
         if self.diff is not None:
@@ -69,6 +87,27 @@ class Full(WeightAdapter):
 
     def _is_zero_product(self) -> bool:
         return self.diff is None or super()._is_zero_product()
+
+    @classmethod
+    def fit(
+        cls,
+        source: WeightAdapter | Tensor,
+        weight: Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> Full:
+        """ΔW -> its dense form, exact up to the rounding to `dtype` (None: fp32). source and weight
+        as for `LoRA.fit`; bias, padding and `stored` are carried."""
+        dtype = dtype or torch.float32
+        if not isinstance(source, WeightAdapter):
+            return cls(source.detach().to(dtype))
+        return cls(
+            source.delta(weight).detach().to(dtype),
+            bias=source.bias,
+            bias_is_value=source.bias_is_value,
+            padded_shape=source.padded_shape,
+            stored=source.stored,
+        )
 
     def _rows(self, start: int, stop: int, common: Common) -> Full:
         return Full(None if self.diff is None else self.diff[start:stop], **common)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import CannotFuse
 from ..linalg import khatri_rao
 from .base import WeightAdapter
+from .fresh import normal, require_rank, trainable
 from .slots import Part, block_diagonal, group_by, join, ratio, scaled, stack_rows, widest
 from .storage import Common
 
@@ -122,6 +123,42 @@ class LoHa(WeightAdapter):
         if a1.shape[1] * a2.shape[1] >= min(self.matrix_shape):
             return None
         return khatri_rao(a1 * float(self.scale), b1, a2, b2)
+
+    @classmethod
+    def init(
+        cls,
+        weight: Tensor,
+        *,
+        rank: int | None = None,
+        alpha: float | None = None,
+        generator: torch.Generator | None = None,
+        stored: str = "linear",
+        dtype: torch.dtype = torch.float32,
+        tucker: bool = False,
+        **options: object,
+    ) -> LoHa:
+        """w1_a ~ N(0, 0.1²), w1_b, w2_b ~ N(0, 1), w2_a = 0, cores ~ N(0, 0.1²) (LyCORIS).
+
+        tucker   the core form for kernels larger than 1 (PEFT `use_effective_conv2d`).
+        """
+        rank = require_rank(cls, rank, weight, options)
+        o, i, *kernel = weight.shape
+        scale = 1.0 if alpha is None else alpha / rank
+        cores = tucker and any(n > 1 for n in kernel)
+        columns = i if cores else i * torch.Size(kernel).numel()
+        left = (rank, o) if cores else (o, rank)
+        adapter = cls(
+            normal(weight, left, 0.1, generator),
+            normal(weight, (rank, columns), 1.0, generator),
+            torch.zeros(left, device=weight.device),
+            normal(weight, (rank, columns), 1.0, generator),
+            normal(weight, (rank, rank, *kernel), 0.1, generator) if cores else None,
+            normal(weight, (rank, rank, *kernel), 0.1, generator) if cores else None,
+            kernel=None if cores else tuple(kernel) or None,
+            scale=scale,
+            stored=stored,
+        )
+        return trainable(adapter, dtype)
 
     def _rows(self, start: int, stop: int, common: Common) -> LoHa:
         cut = slice(start, stop)

@@ -7,12 +7,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import CannotFuse, CannotSplit, UsageError
-from ..linalg import RankRule, Triplet, core_svd, dense_svd, kron_svd
+from ..errors import CannotFit, CannotFuse, CannotSplit, UsageError
+from ..linalg import Chooser, RankRule, Triplet, core_svd, dense_svd, factorization, kron_svd
+from ..linalg.kronecker import Kronecker, kronecker_choices, nearest_kronecker
+from ..linalg.randomized import DenseTiles
 from .base import WeightAdapter
-from .slots import Part, bit_equal, join, ratio, scaled, stack_rows, widest
+from .fresh import kaiming, require_rank, trainable
+from .layer import Layer
+from .slots import Part, bit_equal, fit_shape, join, ratio, scaled, stack_rows, widest
 from .storage import Common
 
 if TYPE_CHECKING:
@@ -21,6 +26,7 @@ if TYPE_CHECKING:
 Pair = tuple[Tensor, Tensor]
 
 _W2 = ("w2", "w2_a", "w2_b", "t2")
+_CHOICES = 12  # splits tried when the most exact one is asked for
 
 
 class LoKr(WeightAdapter):
@@ -176,7 +182,7 @@ class LoKr(WeightAdapter):
             return None
         return _kron(u1 * float(self.scale), u2), _kron(v1, v2)
 
-    def svd(self, rule: RankRule | None = None) -> Triplet:
+    def svd(self, rule: Chooser | None = None) -> Triplet:
         """From the SVDs of the two factors: the singular values are all their products times
         |scale|."""
         self._require_additive("svd")
@@ -187,6 +193,86 @@ class LoKr(WeightAdapter):
         if pair is None or pair[0].shape[1] >= min(pair[0].shape[0], pair[1].shape[1]):
             return kron_svd(first, dense_svd(self._second(torch.float32)), rule)
         return kron_svd(first, core_svd(*pair), rule)
+
+    # --- training ---------------------------------------------------------------------------------
+
+    @classmethod
+    def init(
+        cls,
+        weight: Tensor,
+        *,
+        rank: int | None = None,
+        alpha: float | None = None,
+        generator: torch.Generator | None = None,
+        stored: str = "linear",
+        dtype: torch.dtype = torch.float32,
+        tucker: bool = False,
+        factor: int = -1,
+        decompose_both: bool = False,
+        full_matrix: bool = False,
+        **options: object,
+    ) -> LoKr:
+        """All factors kaiming-uniform but the last of w2 (w2, or w2_b; w2_a beside a core), which
+        is 0 (LyCORIS).
+
+        w2 is whole when rank >= max(b, d) / 2 or `full_matrix`; w1 is whole unless
+        `decompose_both` and rank < max(a, c) / 2. factor: size of w1, see
+        `linalg.factorization`. Both whole: scale 1 unless alpha is given, then alpha / rank.
+        """
+        rank = require_rank(cls, rank, weight, options)
+        o, i, *kernel = weight.shape
+        (a, b), (c, d) = factorization(o, factor), factorization(i, factor)
+        cores = tucker and any(n > 1 for n in kernel)
+        tensors: dict[str, Tensor | None] = {}
+        if decompose_both and rank < max(a, c) / 2 and not full_matrix:
+            tensors["w1_a"] = kaiming(weight, (a, rank), rank, generator)
+            tensors["w1_b"] = kaiming(weight, (rank, c), c, generator)
+        else:
+            tensors["w1"] = kaiming(weight, (a, c), c, generator)
+        if full_matrix or rank >= max(b, d) / 2:
+            tensors["w2"] = torch.zeros(b, d, *kernel, device=weight.device)
+        elif cores:
+            tensors["w2_a"] = torch.zeros(rank, b, device=weight.device)
+            tensors["w2_b"] = kaiming(weight, (rank, d), rank, generator)
+            tensors["t2"] = kaiming(weight, (rank, rank, *kernel), rank, generator)
+        else:
+            columns = d * torch.Size(kernel).numel()
+            tensors["w2_a"] = kaiming(weight, (b, rank), rank, generator)
+            tensors["w2_b"] = torch.zeros(rank, columns, device=weight.device)
+        adapter = cls(
+            *(tensors.get(name) for name in cls.fields),
+            kernel=tuple(kernel) or None,
+            scale=1.0 if alpha is None else alpha / rank,
+            stored=stored,
+        )
+        return trainable(adapter, dtype)
+
+    def change(self, x: Tensor, layer: Layer) -> Tensor:
+        """x as a (c, d) block per position: w2 along d, then w1 along c; w1 ⊗ w2 is never built."""
+        if layer.kind == "embedding" or (layer.kind == "conv" and layer.groups > 1):
+            return super().change(x, layer)
+        a, b, c = self._blocks
+        first = self._first(x.dtype) * self.scale.to(x.device)
+        if layer.kind == "hf_conv1d":  # the rows of the stored weight meet x
+            h = x.unflatten(-1, (a, b)) @ self._second(x.dtype).to(x.dtype)
+            return torch.einsum("...ad,ac->...cd", h, first.to(h.dtype)).flatten(-2)
+        if layer.kind == "linear":
+            h = self._through_second(x.unflatten(-1, (c, -1)))
+            return torch.einsum("...cb,ac->...ab", h, first.to(h.dtype)).flatten(-2)
+        if layer.kind != "conv":
+            return super().change(x, layer)
+        batch, size = x.shape[0], layer.kernel
+        second = self._second(x.dtype).reshape(b, -1, *size)
+        h = layer.convolve(x.unflatten(1, (c, -1)).flatten(0, 1), second, groups=1)
+        h = h.unflatten(0, (batch, c))
+        return torch.einsum("ncb...,ac->nab...", h, first.to(h.dtype)).flatten(1, 2)
+
+    def _through_second(self, x: Tensor) -> Tensor:
+        """x (…, d) times w2 transposed, through its factors when they are thinner."""
+        pair = self._second_pair(x.dtype)
+        if pair is None or pair[0].shape[1] >= min(pair[0].shape[0], pair[1].shape[1]):
+            return F.linear(x, self._second(x.dtype))
+        return F.linear(F.linear(x, pair[1]), pair[0])
 
     # --- rows -------------------------------------------------------------------------------------
 
@@ -276,6 +362,92 @@ class LoKr(WeightAdapter):
         if not low:
             tensors["w1_b"] = None
         return live[0].with_tensors(**tensors, **common)
+
+    # --- fit --------------------------------------------------------------------------------------
+
+    @classmethod
+    def fit(
+        cls,
+        source: WeightAdapter | Tensor,
+        rank: RankRule | str | int | None = None,
+        weight: Tensor | None = None,
+        *,
+        factor: int | None = -1,
+        dtype: torch.dtype | None = None,
+    ) -> LoKr:
+        """ΔW -> the nearest w1 ⊗ w2 (`linalg.kronecker`), w2 then truncated to a rank.
+
+        source, weight   as for `LoRA.fit`; a LoRA, LoHa or LoKr is fitted from its factors.
+        rank             of w2, truncated to its best approximation; whole when None, or when the
+                         rank reaches half of w2's longer side (LyCORIS and PEFT keep it whole too).
+        factor           how both sides are cut, as `factorization` says; None takes the most exact
+                         of the largest cuts with no more numbers than `source` has (of a dense
+                         ΔW: than the cut of factor -1 has).
+
+        A LoKr of rank None is returned as it is. CannotFit for 1-D weights; UsageError names a
+        field with NaN or Inf.
+        """
+        common = Common()
+        target = tuple(source.shape)
+        if isinstance(source, WeightAdapter):
+            if bad := source.nonfinite():
+                raise UsageError(
+                    f"{type(source).__name__}.{bad[0]}: NaN or Inf; it cannot be fitted."
+                )
+            if isinstance(source, LoKr) and source.additive and rank is None and factor == -1:
+                return source
+            common = source.common()
+            common.update(scale=1.0, magnitude=None, magnitude_axis=None)
+            if weight is not None:
+                target = source.padded_shape or tuple(weight.shape)
+                source = source.on(target)
+        if not fit_shape(tuple(source.shape), target):
+            raise UsageError(
+                f"a change of shape {tuple(source.shape)} does not fit a weight {target}."
+            )
+        if len(target) < 2:
+            raise CannotFit(
+                f"a change of shape {target} has no Kronecker form; keep it as a full difference."
+            )
+        factors = source.factors() if isinstance(source, WeightAdapter) else None
+        if factors is not None:
+            tiles = factors[0].detach(), factors[1].detach()
+        else:
+            whole = source.delta(weight) if isinstance(source, WeightAdapter) else source
+            tiles = DenseTiles(whole.detach().reshape(target[0], -1))
+        a, c = factorization(target[0], factor or -1)[0], factorization(target[1], factor or -1)[0]
+        if factor is None:
+            kernel = torch.Size(target[2:]).numel()
+            rows, columns = target[0], target[1] * kernel
+            limit = a * c + (rows // a) * (columns // c)
+            if factors is not None and isinstance(source, WeightAdapter):
+                limit = max(limit, source.numel)
+            best = kronecker_choices(tiles, unit=kernel, parameters=limit, most=_CHOICES)[0]
+            a, c = best.a, best.c
+        return cls.of_product(nearest_kronecker(tiles, a, c), target, rank, dtype=dtype, **common)
+
+    @classmethod
+    def of_product(
+        cls,
+        product: Kronecker,
+        target: tuple[int, ...],
+        rank: RankRule | str | int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        **common: Unpack[Common],
+    ) -> LoKr:
+        """The adapter of A ⊗ B for a weight (o, i, *k), with B truncated to `rank`; see `fit`."""
+        dtype = dtype or torch.float32
+        (a, c), kernel = product.first.shape, tuple(target[2:])
+        b, d = target[0] // a, target[1] // c
+        first = product.first.to(dtype)
+        if rank is not None:
+            u, s, vh = dense_svd(product.second, RankRule.parse(rank))
+            if s.numel() < max(b, d) / 2:
+                root = s.sqrt()
+                left, right = (u * root).to(dtype), (root[:, None] * vh).to(dtype)
+                return cls(w1=first, w2_a=left, w2_b=right, kernel=kernel or None, **common)
+        return cls(w1=first, w2=product.second.to(dtype).reshape(b, d, *kernel), **common)
 
 
 def _kron(x: Tensor, y: Tensor) -> Tensor:

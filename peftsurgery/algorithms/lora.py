@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import CannotFit, CannotFuse, UsageError
 from ..linalg import RankRule, dense_svd
 from .base import WeightAdapter
+from .fresh import kaiming, require_rank, trainable
+from .layer import Layer
 from .slots import (
     Part,
     block_diagonal,
@@ -91,6 +94,78 @@ class LoRA(WeightAdapter):
 
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         return self._outer(0, self.shape[0], dtype), self._inner(dtype)
+
+    # --- training ---------------------------------------------------------------------------------
+
+    @classmethod
+    def init(
+        cls,
+        weight: Tensor,
+        *,
+        rank: int | None = None,
+        alpha: float | None = None,
+        generator: torch.Generator | None = None,
+        stored: str = "linear",
+        dtype: torch.dtype = torch.float32,
+        tucker: bool = False,
+        **options: object,
+    ) -> LoRA:
+        """down ~ U(±1/√(i·k)) and up = 0 (PEFT's and Microsoft's default). Embeddings: up (V, r)
+        = 0, down ~ N(0, 1). transformers Conv1D: the side that meets x is drawn, the other is 0.
+
+        tucker   the (r, r, *k) core form for kernels larger than 1.
+        """
+        rank = require_rank(cls, rank, weight, options)
+        o, i, *kernel = weight.shape
+        ones = (1,) * len(kernel)
+        scale = 1.0 if alpha is None else alpha / rank
+
+        def draw(fan: int, *shape: int) -> Tensor:
+            return kaiming(weight, shape, fan, generator)
+
+        mid = None
+        if stored == "embedding":
+            up = torch.zeros(o, rank, device=weight.device)
+            down = torch.empty(rank, i, device=weight.device).normal_(generator=generator)
+        elif stored == "conv1d":
+            up, down = draw(o, o, rank), torch.zeros(rank, i, device=weight.device)
+        else:
+            up = torch.zeros(o, rank, *ones, device=weight.device)
+            if tucker and any(n > 1 for n in kernel):
+                down = draw(i, rank, i, *ones)
+                mid = draw(rank * torch.Size(kernel).numel(), rank, rank, *kernel)
+            else:
+                down = draw(i * torch.Size(kernel).numel(), rank, i, *kernel)
+        return trainable(cls(up, down, mid, scale=scale, stored=stored), dtype)
+
+    def change(self, x: Tensor, layer: Layer) -> Tensor:
+        """up (scale · down x): r numbers per position in between. Grouped convolutions: dense."""
+        if layer.kind == "linear" and self.mid is None:
+            up, down = self.up, self.down
+            if up.ndim > 2 or down.ndim > 2:
+                up, down = up.flatten(1), down.flatten(1)
+            h = F.linear(x, down) * self.scale
+            return F.linear(h, up if up.dtype == h.dtype else up.to(h.dtype))
+        if layer.kind == "embedding" and self.mid is None:
+            h = F.embedding(x, self.up, layer.padding_idx) * self.scale
+            return layer.scaled(h @ self.down.to(h.dtype))
+        if layer.kind == "hf_conv1d" and self.mid is None:
+            h = (x @ self.up) * self.scale
+            return h @ self.down.to(h.dtype)
+        if layer.kind == "conv" and layer.groups == 1:
+            return self._convolved(x, layer)
+        return super().change(x, layer)
+
+    def _convolved(self, x: Tensor, layer: Layer) -> Tensor:
+        ones = (1,) * len(layer.kernel)
+        point = Layer("conv", ones, (0,) * len(ones), ones, kernel=ones)
+        if self.mid is None:
+            h = layer.convolve(x, self.down.reshape(self.down.shape[0], -1, *layer.kernel))
+        else:
+            h = point.convolve(x, self.down.reshape(*self.down.shape[:2], *ones))
+            h = layer.convolve(h, self.mid.reshape(*self.mid.shape[:2], *layer.kernel).to(h.dtype))
+        up = self.up.reshape(*self.up.shape[:2], *ones)
+        return point.convolve(h * self.scale, up.to(h.dtype))
 
     # --- rows -------------------------------------------------------------------------------------
 
@@ -180,9 +255,11 @@ class LoRA(WeightAdapter):
                 )
             common = source.common()
             common.update(scale=1.0, magnitude=None, magnitude_axis=None)
-            target = source.shape
             if weight is not None:
                 target = source.padded_shape or tuple(weight.shape)
+                source = source.on(target)
+            else:
+                target = source.shape
         else:
             target = tuple(source.shape)
         if not fit_shape(tuple(source.shape), target):

@@ -4,13 +4,14 @@ norm scales)."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CannotFuse, UsageError
 from .base import WeightAdapter
+from .fresh import refuse_options, trainable
 from .slots import Part, fit_shape, join
 from .storage import Common
 
@@ -28,11 +29,28 @@ class Replace(WeightAdapter):
 
     algorithm = "set"
     fields = ("weight",)
+    side: ClassVar[str] = "weight"
     weight: nn.Parameter | None
 
     def __init__(self, weight: Tensor | None = None, **common: Unpack[Common]) -> None:
         common.setdefault("bias_is_value", True)
         super().__init__({"weight": weight}, **common)
+
+    @classmethod
+    def init(
+        cls,
+        weight: Tensor,
+        *,
+        rank: int | None = None,
+        alpha: float | None = None,
+        generator: torch.Generator | None = None,
+        stored: str = "linear",
+        dtype: torch.dtype = torch.float32,
+        **options: object,
+    ) -> Replace:
+        """A copy of the weight; rank and alpha mean nothing here. ΔW = 0 when `dtype` holds it."""
+        refuse_options(cls, options)
+        return trainable(cls(weight.detach().clone(), stored=stored), dtype)
 
     def _measure(self) -> tuple[int, ...]:
         if not self.bias_is_value:

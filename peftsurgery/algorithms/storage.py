@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal, TypedDict
 
 import torch
@@ -22,6 +22,12 @@ def _all_zero(tensor: Tensor) -> bool:
     """A few elements decide for nearly every tensor; the rest is read only behind zeros."""
     start = tensor.detach().reshape(-1)[:64] if tensor.is_contiguous() else tensor.detach()
     return not bool((start != 0).any()) and not bool((tensor != 0).any())
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    """A finite sum has only finite terms; looking at each takes ten times as long."""
+    values = tensor.detach().float()
+    return math.isfinite(float(values.sum())) or bool(torch.isfinite(values).all())
 
 
 class Common(TypedDict, total=False):
@@ -87,6 +93,14 @@ class AdapterTensors(nn.Module):
         if type(tensor) is not nn.Parameter:
             tensor = nn.Parameter(tensor, requires_grad=False)
         self._parameters[name] = tensor
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """`.to()`, `.half()`, … of a model reach the tensors; `scale` stays fp32."""
+        scale = self.scale
+        super()._apply(fn, recurse)
+        if self.scale.dtype != scale.dtype:
+            self._buffers["scale"] = scale.to(self.scale.device)
+        return self
 
     def _at(self, field: str) -> str:
         return f"{type(self).__name__}.{field}"
@@ -164,6 +178,20 @@ class AdapterTensors(nn.Module):
         """Whether ΔW is known without looking at the weight."""
         return self.magnitude is None
 
+    @property
+    def row_wise(self) -> bool:
+        """Whether a row of W_1 looks at that row of W alone."""
+        return self.magnitude_axis != "in"
+
+    @property
+    def bias_factor(self) -> Tensor | None:
+        """What the base's bias is multiplied by, (o,), where the map scales outputs; else None."""
+        return None
+
+    def on(self, shape: tuple[int, ...]) -> Self:
+        """The same adapter, of a weight of this shape: fills in sizes the tensors do not tell."""
+        return self
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensors present, by field name, then `magnitude` and `bias`."""
         names = (*self.fields, "magnitude", "bias")
@@ -180,7 +208,7 @@ class AdapterTensors(nn.Module):
     def nonfinite(self) -> tuple[str, ...]:
         """Names of the tensors (and `scale`) that hold NaN or Inf. Reads everything."""
         checked = {**self.tensors(), "scale": self.scale}
-        return tuple(n for n, t in checked.items() if not bool(torch.isfinite(t.float()).all()))
+        return tuple(n for n, t in checked.items() if not _all_finite(t))
 
     def is_zero(self) -> bool:
         """Whether it certainly changes nothing: additive, a zero factor or scale, no bias."""

@@ -9,7 +9,10 @@ from peftsurgery.cli.group import LazyGroup
 COMMANDS = {  # name (its module in this package, dashes as underscores): first line of its help
     "inspect": "Say what a file or folder is and what every key in it means.",
     "convert": "Rewrite an adapter in another layout, exactly.",
+    "resize-rank": "Bring an adapter to other ranks, optimally, and say what that lost.",
     "merge": "Fold adapters into a base checkpoint, streamed and proved.",
+    "extract": "Take what a fine-tune changed out of it, as an adapter.",
+    "combine": "Combine adapters into one, of any layouts, algorithms and ranks.",
     "unmerge": "Restore the base of a merged checkpoint, bit for bit.",
     "verify": "Say whether a merged checkpoint really is base + adapters.",
 }

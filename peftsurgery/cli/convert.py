@@ -25,7 +25,7 @@ from peftsurgery.layouts import LAYOUT_NAMES
 @options.base
 @click.option(
     "--algorithm",
-    type=click.Choice(("lora", "full")),
+    type=click.Choice(("lora", "lokr", "full")),
     help="Change the algorithm too; 'lora' needs --rank unless the change is exact.",
 )
 @options.rank

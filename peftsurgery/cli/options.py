@@ -145,6 +145,6 @@ allow_pickle = click.option(
 rank = click.option(
     "--rank",
     metavar="RULE",
-    help="16, energy:0.99, fro:0.95, cumulative:0.9, ratio:0.9, size:200MB, or several: "
+    help="16, energy:0.99, fro:0.95, cumulative:0.9, ratio:100, noise, or several: "
     "max:64,energy:0.99.",
 )

@@ -12,6 +12,7 @@ import numpy as np
 from peftsurgery.checkpoint import Checkpoint
 from peftsurgery.codec.detect import Explanation
 from peftsurgery.codec.keys import Record
+from peftsurgery.codec.map_shapes import Source, version_of
 from peftsurgery.codec.resolving import Placement
 from peftsurgery.codec.scales import (
     PLACEHOLDER,
@@ -30,6 +31,8 @@ CHANGED_MEANING = (
     "arrow_config",
     "kasa_config",
 )
+PEFT_TYPES = ("LORA", "LOHA", "LOKR", "OFT", "BOFT", "HRA", "IA3")
+UNSCALED = ("full", "set", "", "oft", "boft", "hra", "ia3")  # alpha is a constraint, or nothing
 
 
 class Conventions:
@@ -71,7 +74,7 @@ class Conventions:
         alpha = self.alpha(record)
         if alpha is not None:
             key = record.keys["alpha"]
-            if record.algorithm in ("full", "set", "") or (full_lokr and config is None):
+            if record.algorithm in UNSCALED or (full_lokr and config is None):
                 if full_lokr and alpha > PLACEHOLDER:
                     self.once(
                         "info",
@@ -92,9 +95,47 @@ class Conventions:
                     "convert the file to settle its strength",
                 )
             return scale_of(alpha, rank)
-        if config is None or record.algorithm in ("full", "set", ""):
+        if config is None or record.algorithm in UNSCALED:
             return 1.0
         return config.scale(placement.site.name, rank)
+
+    def map_source(self, record: Record, placement: Placement) -> Source:
+        """What the file says of a record whose weight is a map of the old one."""
+        config = self.raw.get(placement.component)
+        key = next(iter(record.keys.values()))
+        alpha = self.alpha(record)
+        if alpha is not None and not math.isfinite(alpha):
+            raise UsageError(f"{record.keys['alpha']!r}: alpha is {alpha}. The file is damaged.")
+        if alpha and alpha > 0 and placement.container == "comfy" and "blocks" in record.keys:
+            self.once(
+                "warning",
+                "constraint-meaning",
+                "alpha is taken for the constraint per output (LyCORIS, Kohya); ComfyUI takes it "
+                "for the norm itself",
+                key,
+            )
+        if config is None and "vector" in record.keys and record.algorithm == "oft":
+            self.once(
+                "info",
+                "oft-defaults",
+                "no adapter_config.json: oft_R is read as the Neumann series of 5 terms, as "
+                "OneTrainer and PEFT by default write it",
+                key,
+            )
+        if (
+            config is not None
+            and record.algorithm == "oft"
+            and (config.get("use_cayley_neumann", True) and version_of(config) < (0, 18))
+        ):
+            self.once(
+                "info",
+                "oft-series",
+                "written by PEFT before 0.18, whose Neumann series gives the last term its full "
+                "weight; PEFT 0.18 and later read the same file as a slightly different rotation",
+                key,
+            )
+        name = placement.site.name
+        return Source(key, name, config, alpha, self.transposed(placement))
 
     def transposed(self, placement: Placement) -> bool:
         """Whether PEFT's fan_in_fan_out applies: the config asks for it and the module is an HF
@@ -139,7 +180,7 @@ class Conventions:
     def _check(self, config: Mapping[str, object]) -> None:
         source = self.checkpoint.source
         kind = str(config.get("peft_type") or "LORA").upper()
-        if kind not in ("LORA", "LOHA", "LOKR"):
+        if kind not in PEFT_TYPES:
             raise UnsupportedError(
                 f"{source}: adapter_config.json says peft_type {kind!r}, which this version does "
                 "not handle."

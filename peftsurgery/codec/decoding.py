@@ -14,6 +14,7 @@ from peftsurgery.codec.detect import Explanation
 from peftsurgery.codec.explaining import explain_checkpoint
 from peftsurgery.codec.keys import Record, rank_and_shape
 from peftsurgery.codec.labelling import label
+from peftsurgery.codec.maps import MAPS, read
 from peftsurgery.codec.placing import place
 from peftsurgery.codec.resolving import Placement
 from peftsurgery.errors import Finding, UsageError
@@ -128,6 +129,10 @@ class Decoder:
         shared: dict[str, object] = {"scale": scale}
         self._shared(record, placement, tensors, shared, scale, (out, into))
         algorithm = record.algorithm or "full"
+        if algorithm in MAPS:
+            own_source = self.conventions.map_source(record, placement)
+            algorithm, found = read(algorithm, tensors, own_source)
+            return self._made(record, ALGORITHMS[algorithm], {**shared, **found})
         kind = ALGORITHMS[algorithm]
         if "embedding_A" in tensors:
             tensors["up"] = tensors.pop("embedding_A").T
@@ -150,8 +155,13 @@ class Decoder:
                 f"{record.keys[name]!r}: {algorithm} has no tensor {name!r}; expected "
                 f"{', '.join(kind.fields)}."
             )
+        return self._made(record, kind, {**own, **shared})
+
+    def _made(
+        self, record: Record, kind: type[WeightAdapter], arguments: dict[str, object]
+    ) -> WeightAdapter:
         try:
-            return kind(**own, **shared)  # pyright: ignore[reportArgumentType, reportCallIssue]
+            return kind(**arguments)  # pyright: ignore[reportArgumentType, reportCallIssue]
         except UsageError as error:
             raise UsageError(f"{self.source}: {record.module!r}: {error}") from error
 

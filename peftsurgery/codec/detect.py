@@ -81,7 +81,7 @@ def explain(
         _, (out, into) = rank_and_shape(record, tensors)
         shares, path = placement.site.proportions, placement.site.parts[0]
         out = out * shares[0] // sum(shares)
-        if architecture.misfit(placement.component, path, out, into) is not None:
+        if architecture.misfit(placement.component, path, out or None, into or None) is not None:
             explanation.contradicted.append(module)
         elif architecture.pin(placement.component, path) is not None:
             explanation.pinned += 1

@@ -273,7 +273,7 @@ class Encoder:
         return site.name
 
     def _folded(self, module: WeightAdapter) -> WeightAdapter:
-        if self.fold and module.algorithm in ("lora", "loha", "lokr"):
+        if self.fold and module.algorithm in ("lora", "loha", "lokr", "glora"):
             return fold_scale(module)
         if isinstance(module, LoKr) and module.rank is None and self.layout.alpha == "tensor":
             return fold_scale(module)  # LyCORIS ignores alpha when both factors are full

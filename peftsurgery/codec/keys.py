@@ -12,19 +12,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from peftsurgery.codec.map_shapes import NEEDED, incomplete, map_shape
 from peftsurgery.errors import UnsupportedError, UsageError
 from peftsurgery.layouts import LAYOUTS, Dialect
 
 ANY = ""  # the field belongs to whatever algorithm the module has
 
 UNSUPPORTED: tuple[tuple[str, str], ...] = (
-    (r"oft_(blocks|diag|blocks\.\d+)|rescale", "OFT/BOFT (LyCORIS, Kohya)"),
-    (r"oft_R\.weight|oft_R\.scaled_oft|oft_r", "OFT (PEFT)"),
-    (r"boft_[Rs]", "BOFT (PEFT)"),
-    (r"hra_u", "HRA"),
+    (r"oft_(diag|blocks\.\d+)", "OFT in an older form (oft_diag, oft_blocks.N)"),
+    (r"oft_r", "OFT of PEFT before 0.16, which PEFT itself does not read any more"),
+    (r"initial_norm|dora_multiplier", "OFT with DoRA (OneTrainer)"),
     (r"lora_E", "AdaLoRA"),
-    (r"ia3_l|on_input", "IA3"),
-    (r"(a1|a2|b1|b2|bm)\.weight|glora_[A-E]\..*", "GLoRA"),
+    (r"glora_[A-E]\..*", "GLoRA (PEFT's five terms)"),
     (r"vera_(lambda_[bd]|[AB])", "VeRA"),
     (r"pvera_(lambda_[bd]|[AB])", "PVeRA"),
     (r"fourierft_spectrum", "FourierFT"),
@@ -72,13 +71,15 @@ _EXTRA_SUFFIXES: dict[str, tuple[str, str]] = {
     "base_layer.weight": (ANY, "base_weight"),
     "base_layer.bias": (ANY, "bias_value"),
     "bias.set_weight": (ANY, "bias_value"),
+    "oft_R.scaled_oft": ("oft", "scaled"),
 }
 _NAMED = re.compile(
     r"^(?P<head>.+\.(?:lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|hada_\w+|lokr_\w+"
+    r"|oft_R|oft_embedding_R|boft_[Rs]|hra_u|ia3_l"
     r"|modules_to_save))\.(?P<name>[^.]+)(?P<tail>\.weight|\.bias)?$"
 )
 _CARRIED = re.compile(r"^bundle_emb\.|^lora_controlnet$")
-_TAIL_WORDS = frozenset({"weight", "bias"})
+_TAIL_WORDS = frozenset({"weight", "bias", "scaled_oft"})
 
 
 def _suffix_table() -> dict[str, tuple[str, str]]:
@@ -90,7 +91,7 @@ def _suffix_table() -> dict[str, tuple[str, str]]:
     for dialect in dialects:
         for algorithm, fields in dialect.algorithms.items():
             name = "full" if algorithm == "norm" else algorithm
-            table.update({suffix: (name, f) for f, suffix in fields.items()})
+            table.update({suffix: (name, f) for f, suffix in fields.items() if suffix != "weight"})
         if dialect.bias:
             table[dialect.bias] = (ANY, "bias_scaled" if dialect.bias_is_scaled else "bias")
         for suffix, field_name in (
@@ -101,6 +102,7 @@ def _suffix_table() -> dict[str, tuple[str, str]]:
         ):
             if suffix:
                 table[suffix] = (ANY, field_name)
+    table["weight"] = ("set", "weight")  # also IA3's beside on_input, see _add
     table["dora_scale"] = (ANY, "magnitude")
     table["lora_magnitude_vector"] = table["magnitude"] = (ANY, "magnitude_out")
     return {**table, **_EXTRA_SUFFIXES}
@@ -247,6 +249,10 @@ def _add(parsed: Parsed, key: str, module: str, algorithm: str, name: str, suffi
     if name == "bias_value" and suffix == "bias.set_weight":
         module = module.removesuffix(".bias")
     record = parsed.records.setdefault(module, Record(module))
+    if suffix == "on_input" and "weight" in record.keys:
+        record.algorithm, record.keys["vector"] = ANY, record.keys.pop("weight")
+    elif suffix == "weight" and "on_input" in record.keys:
+        algorithm, name = "ia3", "vector"
     if name in record.keys:
         raise UsageError(
             f"{key!r}: the module {module!r} already has its {name} from {record.keys[name]!r}; "
@@ -272,8 +278,9 @@ def rank_and_shape(
     """(rank, (out, in)) of a record from shapes alone; `in` counts input channels, kernel excluded
     where it is known.
 
-    LoKr with both factors full has no rank (None). For a 1-D tensor `in` is 1. LoHa without Tucker
-    on a convolution gives in·k, because its factors do not tell the kernel.
+    0 where the tensors do not tell a side of the weight. LoKr with both factors full has no rank
+    (None). For a 1-D tensor `in` is 1. LoHa without Tucker on a convolution gives in·k, because its
+    factors do not tell the kernel.
     """
 
     def shape(name: str) -> tuple[int, ...]:
@@ -311,6 +318,9 @@ def rank_and_shape(
         return b[0], (a[1] if "t1" in have else a[0], _product(b[1:]) if "t1" not in have else b[1])
     if record.algorithm == "lokr":
         return _lokr_shape(record, shape)
+    if record.algorithm in NEEDED:
+        _need(record, *incomplete(record.algorithm, have))
+        return map_shape(record.algorithm, have, shape)
     if "diff" in have or "weight" in have:
         value = shape("diff" if "diff" in have else "weight")
         return None, (value[0] if value else 1, value[1] if len(value) > 1 else 1)

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 
 from peftsurgery.adapter import Adapter
 from peftsurgery.algorithms import LoKr, LoRA, WeightAdapter
+from peftsurgery.codec.peft_maps import KINDS, map_config
 from peftsurgery.codec.scales import alpha_of, common, patterns
 from peftsurgery.errors import UnsupportedError
 from peftsurgery.linalg import factorization
@@ -30,6 +31,7 @@ CARRIED = (
     "lora_dropout",
     "fan_in_fan_out",
 )
+LORA_ONLY = ("layer_replication", "target_parameters", "init_lora_weights", "lora_dropout", "bias")
 SELECTING = ("exclude_modules", "layers_to_transform", "layers_pattern")  # narrow target_modules
 
 
@@ -42,12 +44,14 @@ def build(
     several algorithms, DoRA on some modules only, LoKr factors that PEFT's factorisation rule would
     not produce.
     """
-    trained = {tail(p): m for p, m in modules.items() if m.algorithm in ("lora", "loha", "lokr")}
+    known = ("lora", "loha", "lokr", *KINDS)
+    trained = {tail(p): m for p, m in modules.items() if m.algorithm in known}
     values = {p: m for p, m in modules.items() if m.algorithm == "set"}
     kinds = {m.algorithm for m in trained.values()}
     if not kinds:
         raise UnsupportedError(
-            f"a PEFT folder needs a LoRA, LoHa or LoKr module beside new values, and {component!r} "
+            "a PEFT folder needs a trained module (LoRA, LoHa, LoKr, …) beside new values, and "
+            f"{component!r} "
             "has none. --to comfy holds values alone."
         )
     if len(kinds) != 1:
@@ -74,6 +78,9 @@ def build(
     config.pop("modules_to_save", None)
     if values:
         config["modules_to_save"] = _saved(source.get("modules_to_save"), values)
+    if kind in KINDS:
+        config = {n: v for n, v in config.items() if n not in LORA_ONLY}
+        return config | map_config(kind, trained, source)
     config.update(_ranks(trained, kind, rslora=bool(source.get("use_rslora"))))
     if kind == "lora":
         _lora_flags(config, trained)

@@ -121,7 +121,8 @@ class Resolver:
             _, (out, into) = rank_and_shape(record, self.tensors)
             for placement in candidates:
                 path = placement.site.parts[0]
-                if self.architecture.misfit(placement.component, path, out, into) is None:
+                sizes = out or None, into or None
+                if self.architecture.misfit(placement.component, path, *sizes) is None:
                     return placement
         return candidates[0]
 

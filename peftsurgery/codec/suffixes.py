@@ -9,6 +9,7 @@ import torch
 from peftsurgery.algorithms import LoKr, LoRA, WeightAdapter
 from peftsurgery.architectures import Architecture, Component, Site
 from peftsurgery.codec.labelling import find_prefix, vocabulary
+from peftsurgery.codec.maps import MAPS, write
 from peftsurgery.codec.refusals import BAKED, DIFFERENCE, LEFT_OUT, Refused, way_out
 from peftsurgery.codec.scales import alpha_of
 from peftsurgery.errors import Finding
@@ -36,9 +37,14 @@ class Suffixes:
 
         Raises Refused for what the layout cannot hold.
         """
-        fields = self._fields(dialect, module)
         own = module.tensors()
         result: dict[str, torch.Tensor] = {}
+        if module.algorithm in MAPS:
+            result |= write(self.layout, dialect, module)
+            own = {n: t for n, t in own.items() if n in ("magnitude", "bias")}
+            fields: dict[str, str] = {}
+        else:
+            fields = self._fields(dialect, module)
         for name, suffix in fields.items():
             if (tensor := own.pop(name, None)) is not None:
                 result[suffix] = tensor
@@ -157,7 +163,8 @@ class Suffixes:
                     DIFFERENCE if known else LEFT_OUT,
                 )
             suffix = dialect.bias_value
-            if self.layout.alpha == "config" and module.algorithm in ("lora", "loha", "lokr"):
+            trained = ("lora", "loha", "lokr", *MAPS)
+            if self.layout.alpha == "config" and module.algorithm in trained:
                 suffix = "base_layer.bias"
             result[suffix] = bias
             return
@@ -218,6 +225,10 @@ def fold_scale(module: WeightAdapter) -> WeightAdapter:
     scale = float(module.scale)
     if scale == 1.0:
         return module
+    if module.algorithm == "glora":
+        halves = {n: module.tensors()[n] for n in ("a1", "b1")}
+        folded = {n: (t.float() * scale).to(t.dtype) for n, t in halves.items()}
+        return module.with_tensors(**folded, scale=1.0)
     name = {"lora": "up", "loha": "w1_a", "full": "diff"}.get(module.algorithm)
     if module.algorithm == "lokr":
         name = "w1" if "w1" in module.tensors() else "w1_a"

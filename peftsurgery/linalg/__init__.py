@@ -1,18 +1,48 @@
 """Exact linear algebra on factors; nothing here knows of adapters or files."""
 
+from .budget import Budget, allocate
 from .factorizations import factorization
-from .norms import low_rank_difference_norm, low_rank_norm
-from .rank_rules import RankRule
-from .svd import Triplet, core_svd, dense_svd, khatri_rao, kron_svd
+from .norms import low_rank_difference_norm, low_rank_norm, truncation_gap
+from .rank_rules import Chooser, RankRule, kohya_rank, noise_floor
+from .rotations import (
+    butterfly,
+    cayley,
+    cayley_neumann,
+    gram_schmidt,
+    householder,
+    normalized_columns,
+    skew_from_vector,
+    skew_part,
+    turn,
+    within_norm,
+)
+from .svd import Triplet, core_svd, dense_svd, khatri_rao, kron_svd, weighted_core
 
 __all__ = [
+    "Budget",
+    "Chooser",
     "RankRule",
     "Triplet",
+    "allocate",
+    "butterfly",
+    "cayley",
+    "cayley_neumann",
     "core_svd",
     "dense_svd",
     "factorization",
+    "gram_schmidt",
+    "householder",
     "khatri_rao",
+    "kohya_rank",
     "kron_svd",
     "low_rank_difference_norm",
     "low_rank_norm",
+    "noise_floor",
+    "normalized_columns",
+    "skew_from_vector",
+    "skew_part",
+    "truncation_gap",
+    "turn",
+    "weighted_core",
+    "within_norm",
 ]

@@ -8,40 +8,36 @@ every module of the written file is compared with the source before the report s
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
-import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
-from peftsurgery import architectures
 from peftsurgery.adapter import Adapter
 from peftsurgery.algorithms import WeightAdapter
-from peftsurgery.checkpoint import Checkpoint, open_checkpoint
-from peftsurgery.codec import BaseWeights, Encoded, decode, encode, open_adapter, write_encoded
-from peftsurgery.codec.bases import base_names
-from peftsurgery.codec.explaining import explain_checkpoint
-from peftsurgery.codec.files import flushing, publish
+from peftsurgery.checkpoint import Checkpoint
+from peftsurgery.codec import decode, open_adapter
 from peftsurgery.errors import Finding, UsageError
-from peftsurgery.layouts import LAYOUT_NAMES, layout_named
+from peftsurgery.layouts import layout_named
 from peftsurgery.operations.headers import Headers
 from peftsurgery.operations.journal import refuse_pending
-from peftsurgery.operations.lineage import Hashing, stamp
-from peftsurgery.operations.proving import BATCH, prove
+from peftsurgery.operations.lineage import Hashing
 from peftsurgery.operations.refit import refit, values_as_differences
-from peftsurgery.operations.staging import staged_beside, workers
+from peftsurgery.operations.writing_adapter import (
+    Origin,
+    base_weights,
+    check_choice,
+    check_dtype,
+    check_layout,
+    check_target,
+    collector_paused,
+    dead_modules,
+    encode_as,
+    plan,
+    summarise,
+    write_proved,
+)
 from peftsurgery.reports import Progress, Report
-
-DTYPES = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "fp8_e4m3": torch.float8_e4m3fn,
-    "fp8_e5m2": torch.float8_e5m2,
-}
 
 
 @dataclass(frozen=True)
@@ -52,21 +48,7 @@ class ConvertReport(Report):
     keys: dict[str, int] = field(default_factory=dict)
 
 
-@contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
-    """No cyclic garbage collection: thousands of objects are made and kept; each pass finds
-    nothing.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@_collector_paused()
+@collector_paused()
 def convert(
     src: str | Path,
     dst: str | Path,
@@ -88,7 +70,8 @@ def convert(
     """Rewrite the adapter `src` as `dst` in the layout `to`; see `peftsurgery convert --help` for
     the options.
 
-    algorithm: "lora" fits every module as a LoRA (`rank`: a rule, or None for the exact
+    algorithm: "lokr" fits every module as the nearest Kronecker product (`rank`, if any, is that
+    of its second factor), "lora" as a LoRA (`rank`: a rule, or None for the exact
     factorisation), "full" writes the dense change. Modules whose change depends on the weight
     (DoRA, replaced weights) then need `base`. drop: patterns of keys or module paths to leave out.
     only: components to keep.
@@ -100,10 +83,10 @@ def convert(
     dst = Path(dst)
     source = open_adapter(src, allow_pickle=allow_pickle)
     refuse_pending(source)
-    _check_target(source, dst, overwrite, to)
+    check_target([source], dst, to=to, overwrite=overwrite)
     kept = _without(source, drop)
     hashing = Hashing(source, enabled=not dry_run)
-    weights, known = _base(base, architecture, kept)
+    weights, known = base_weights(base, architecture, kept)
     tensors = Headers(kept) if dry_run else kept
     adapter = decode(tensors, architecture=architecture, known=known)
     original_layout = adapter.layout
@@ -119,18 +102,19 @@ def convert(
                 "--dry-run reads headers only, and --algorithm needs the values; leave one of them "
                 "out."
             )
-        losses = refit(adapter, algorithm, rank, weights, progress)
+        # PEFT cuts every module by one rule; elsewhere the most exact cut of each is taken
+        factor = -1 if layout_named(to).alpha == "config" else None
+        losses = refit(adapter, algorithm, rank, weights, progress, factor=factor)
     if weights is not None:
         adapter.findings += values_as_differences(adapter, layout_named(to), weights)
-    encoded = encode(adapter, to, fold_alpha=alpha == "fold")
-    if dtype != "keep":
-        _cast(encoded, DTYPES[dtype], source)
+    encoded = encode_as(adapter, to, dtype=dtype, fold_alpha=alpha == "fold", sources=[source])
     report = ConvertReport("convert")
-    report.findings.extend([*adapter.findings, *encoded.findings, *_dead(adapter)])
+    report.findings.extend([*adapter.findings, *encoded.findings, *dead_modules(adapter)])
     _account(report, source, kept, left_out, drop)
-    _summarise(report, adapter, original_layout, to, encoded)
+    count = summarise(report, adapter, encoded, to=to, original=original_layout)
+    report.keys["written"] = count
     if dry_run:
-        _plan(report, encoded)
+        plan(report, encoded)
         if any(len(paths) > 1 for paths in encoded.sources.values()):
             report.findings.append(
                 Finding(
@@ -143,14 +127,26 @@ def convert(
         report.summary["written"] = "nothing (--dry-run)"
         return report
     report.inputs.update(hashing.result())
-    stamp(encoded, to, report.inputs, algorithm, rank, dtype, alpha)
-    with staged_beside(dst) as staged:
-        write_encoded(encoded, staged, to, sync=False)
-        encoded.tensors.clear()
-        with flushing(staged):
-            error = prove(report, adapter, source, staged, losses, progress)
-        report.outputs.extend(str(path) for path in publish(staged, dst, overwrite=overwrite))
-    report.summary["largest relative error of ΔW"] = error
+    options = {
+        "to": to,
+        "algorithm": algorithm,
+        "rank": rank,
+        "dtype": None if dtype == "keep" else dtype,
+        "alpha": None if alpha == "keep" else alpha,
+    }
+    error = write_proved(
+        encoded,
+        adapter,
+        dst,
+        to=to,
+        report=report,
+        origin=Origin("convert", options, report.inputs),
+        overwrite=overwrite,
+        details=({p: {"loss": losses.get(p, 0.0)} for p in adapter.modules} if losses else None),
+        progress=progress,
+    )
+    if losses:
+        report.summary["largest loss of the fit"] = max(losses.values())
     object.__setattr__(report, "largest_error", error)
     return report
 
@@ -161,48 +157,14 @@ def convert(
 def _check_options(
     to: str, algorithm: str | None, rank: str | None, dtype: str, alpha: str
 ) -> None:
-    for value, known, name in (
-        (to, LAYOUT_NAMES, "layout"),
-        (algorithm, (None, "lora", "full"), "algorithm"),
-        (dtype, ("keep", *DTYPES), "dtype"),
-        (alpha, ("keep", "fold"), "alpha"),
-    ):
-        if value not in known:
-            choices = ", ".join(str(k) for k in known if k)
-            raise UsageError(f"{name} {value!r} is not known. Expected one of: {choices}.")
-    if rank is not None and algorithm != "lora":
+    check_layout(to)
+    check_choice(algorithm, (None, "lora", "lokr", "full"), "algorithm")
+    check_dtype(dtype)
+    check_choice(alpha, ("keep", "fold"), "alpha")
+    if rank is not None and algorithm not in ("lora", "lokr"):
         raise UsageError(
-            "--rank goes with --algorithm lora; alone it changes nothing (see resize-rank)."
+            "--rank goes with --algorithm lora or lokr; alone it changes nothing (see resize-rank)."
         )
-
-
-def _check_target(source: Checkpoint, dst: Path, overwrite: bool, to: str) -> None:
-    taken = {path.resolve() for path in (*source.files, source.path)}
-    if dst.resolve() in taken:
-        raise UsageError(f"{dst}: is the input. Give another output path.")
-    row = layout_named(to)
-    if row.alpha == "config":
-        if dst.suffix in (".safetensors", ".sft"):
-            raise UsageError(
-                f"{dst}: {row.title} is a folder; give a folder name without {dst.suffix}."
-            )
-    elif dst.is_dir():
-        raise UsageError(f"{dst}: is a folder; {row.title} is one file. Give a file name.")
-    if dst.exists() and not overwrite:
-        raise UsageError(f"{dst}: exists. Pass --overwrite to replace it.")
-
-
-def _base(
-    base: str | Path | None, architecture: str | None, checkpoint: Checkpoint
-) -> tuple[BaseWeights | None, dict[str, list[str]] | None]:
-    if base is None:
-        return None, None
-    opened = open_checkpoint(base)
-    refuse_pending(opened)
-    known = base_names(opened)
-    if architecture is None:
-        architecture = explain_checkpoint(checkpoint, known=known).architecture.name
-    return BaseWeights(opened, architectures.get(architecture)), known
 
 
 def _without(checkpoint: Checkpoint, patterns: Sequence[str]) -> Checkpoint:
@@ -242,49 +204,6 @@ def _filter(
     return removed
 
 
-def _dead(adapter: Adapter) -> list[Finding]:
-    """Modules that change nothing: never trained, or what was trained was lost on saving."""
-    dead = [path for path, module in adapter.modules.items() if module.is_zero()]
-    if not dead:
-        return []
-    return [
-        Finding(
-            "warning",
-            "dead-modules",
-            f"{len(dead)} of {len(adapter.modules)} modules are all zero and do nothing",
-            dead[0],
-            "expected for modules that were not trained; otherwise the trained values were lost on "
-            "saving",
-        )
-    ]
-
-
-# writing ------------------------------------------------------------------------------------------
-
-
-def _cast(encoded: Encoded, dtype: torch.dtype, source: Checkpoint) -> None:
-    """Cast the factors; alpha stays fp32, integers stay. What was read of `source` is released."""
-
-    def rounded(tensor: torch.Tensor) -> torch.Tensor:
-        narrow = tensor.element_size() <= 2  # exact in fp32, and twice as fast by way of it
-        return (tensor.detach().float() if narrow else tensor.detach()).to(dtype)
-
-    with workers(4) as threads:
-        for tensors in encoded.tensors.values():
-            keys = [
-                key
-                for key, tensor in tensors.items()
-                if tensor.is_floating_point()
-                and not key.endswith(".alpha")
-                and tensor.dtype != dtype
-            ]
-            for start in range(0, len(keys), BATCH):
-                some = keys[start : start + BATCH]
-                cast = threads.map(rounded, [tensors[key] for key in some])
-                tensors.update(zip(some, cast, strict=True))
-                source.release()
-
-
 # the report ---------------------------------------------------------------------------------------
 
 
@@ -304,42 +223,3 @@ def _account(
     for pattern in drop:
         if not any(_matches(k, [pattern]) for k in (*source, *left_out)):
             raise UsageError(f"--drop {pattern!r} matches no key and no module. Check the pattern.")
-
-
-def _summarise(
-    report: ConvertReport, adapter: Adapter, original: str, to: str, encoded: Encoded
-) -> None:
-    count = sum(len(tensors) for tensors in encoded.tensors.values())
-    nbytes = sum(
-        t.numel() * t.element_size()
-        for tensors in encoded.tensors.values()
-        for t in tensors.values()
-    )
-    report.keys["written"] = count
-    report.summary.update(
-        {
-            "from": original,
-            "to": to,
-            "architecture": adapter.architecture,
-            "modules": len(adapter.modules),
-            "keys written": count,
-            "bytes written": nbytes,
-        }
-    )
-
-
-def _plan(report: ConvertReport, encoded: Encoded) -> None:
-    rows = []
-    for part, tensors in encoded.tensors.items():
-        for key, tensor in ((k, tensors[k]) for k in sorted(tensors)):
-            full = f"{part}/{key}" if part else key
-            rows.append(
-                {
-                    "key": full,
-                    "shape": "x".join(map(str, tensor.shape)) or "scalar",
-                    "dtype": str(tensor.dtype).removeprefix("torch."),
-                    "bytes": tensor.numel() * tensor.element_size(),
-                    "from": ", ".join(encoded.sources.get(full, ())),
-                }
-            )
-    report.tables["plan"] = rows

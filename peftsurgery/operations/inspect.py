@@ -149,8 +149,8 @@ def _row(
         "rank": rank,
         "alpha": conventions.alpha(record),
         "scale": conventions.scale(record, placement, rank),
-        "out": out,
-        "in": into,
+        "out": out or None,
+        "in": into or None,
         "dtype": "/".join(
             sorted({t.dtype for k, t in zip(record.keys, tensors, strict=True) if k != "alpha"})
         ),

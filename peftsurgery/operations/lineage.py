@@ -16,20 +16,18 @@ from peftsurgery.layouts import layout_named
 def stamp(
     encoded: Encoded,
     to: str,
+    operation: str,
+    options: Mapping[str, str | None],
     inputs: Mapping[str, str],
-    algorithm: str | None,
-    rank: str | None,
-    dtype: str,
-    alpha: str,
 ) -> None:
-    """Lineage (deterministic, no time) and the hashes a Kohya file carries."""
-    options = [f"to={to}"]
-    options += [f"{k}={v}" for k, v in (("algorithm", algorithm), ("rank", rank)) if v]
-    options += [f"{k}={v}" for k, v in (("dtype", dtype), ("alpha", alpha)) if v != "keep"]
+    """Lineage (deterministic, no time) and the hashes a Kohya file carries.
+
+    options: those given, in order; None is left out. inputs: path -> SHA-256.
+    """
     metadata = encoded.metadata
-    metadata["peftsurgery.operation"] = "convert"
+    metadata["peftsurgery.operation"] = operation
     metadata["peftsurgery.version"] = __version__
-    metadata["peftsurgery.options"] = " ".join(options)
+    metadata["peftsurgery.options"] = " ".join(f"{k}={v}" for k, v in options.items() if v)
     metadata["peftsurgery.inputs"] = " ".join(
         f"{Path(name).name}=sha256:{digest}" for name, digest in sorted(inputs.items())
     )

@@ -13,7 +13,7 @@ from peftsurgery.algorithms import LoRA, Replace, WeightAdapter
 from peftsurgery.algorithms.slots import fit_shape
 from peftsurgery.checkpoint import LazyTensor
 from peftsurgery.codec.bases import BaseWeights, Stored, flat_rows
-from peftsurgery.errors import CheckFailed, UnsupportedError, nearest
+from peftsurgery.errors import CheckFailed, UnsupportedError, UsageError, nearest
 from peftsurgery.operations.paths import grown_embeddings, prefix_of, prefixed
 from peftsurgery.operations.strengths import Strength, block_name, check_used
 
@@ -178,6 +178,7 @@ def _edits(
     marked = inner.partition("~")[2] == "swap_halves"
     changes_weight = bool(set(module.tensors()) - {"bias"})
     found: list[tuple[Stored, Edit]] = []
+    module = _fitted(base, component, parts, module)
     row = 0
     for part in parts:
         home = f"{component}:{part}"
@@ -190,16 +191,30 @@ def _edits(
         if changes_weight and weight is not None:
             edit = _on_weight(index, path, module, strength, weight, row, rows, marked, grown)
             found.append((weight, edit))
-        if module.bias is not None:
+        if module.bias is not None or module.bias_factor is not None:
             bias = base.find(home, "bias")
             if bias is not None:
                 found.append((bias, _on_bias(index, path, module, strength, bias, row, marked)))
-            elif bool((module.bias != 0).any()):
+            elif module.bias is not None and bool((module.bias != 0).any()):
                 raise _missing(f"{home}.bias")
         row += rows
     if row != module.shape[0]:
         raise Misfit(f"the change has {module.shape[0]} rows, the base {row}")
     return found
+
+
+def _fitted(
+    base: BaseWeights, component: str, parts: Sequence[str], module: WeightAdapter
+) -> WeightAdapter:
+    """The module with the sizes its tensors do not tell, from the weights it lies on."""
+    weights = [base.find(f"{component}:{part}") for part in parts]
+    shapes = [weight.shape for weight in weights if weight is not None]
+    if len(shapes) < len(parts) or len({shape[1:] for shape in shapes}) != 1:
+        return module  # refused where it is placed
+    try:
+        return module.on((sum(shape[0] for shape in shapes if shape), *shapes[0][1:]))
+    except UsageError as error:
+        raise Misfit(str(error).rstrip(".")) from error
 
 
 def _missing(name: str) -> Misfit:
@@ -282,8 +297,9 @@ def _on_bias(
     marked: bool,
 ) -> Edit:
     start, stop = stored.rows
-    assert module.bias is not None
-    count = module.bias.numel()
+    values = module.bias if module.bias is not None else module.bias_factor
+    assert values is not None
+    count = values.numel()
     if stop - start > count - row or (len(members(path)) == 1 and stop - start != count):
         raise Misfit(f"the change of the bias has {count} values, the base {stop - start}")
     swapped = (stored.site.operator == "swap_halves") != marked

@@ -9,11 +9,11 @@ import torch
 
 from peftsurgery.adapter import Adapter, is_group
 from peftsurgery.algorithms import WeightAdapter, difference
-from peftsurgery.checkpoint import Checkpoint
 from peftsurgery.codec import decode, open_adapter
 from peftsurgery.errors import CheckFailed
 from peftsurgery.operations.staging import workers
 from peftsurgery.reports import Progress, Report
+from peftsurgery.reports.base import Row
 
 BATCH = 32  # tensors or modules; then the pages they were read from are given back
 BACKWARD_SAFE = (
@@ -24,13 +24,12 @@ BACKWARD_SAFE = (
 def prove(
     report: Report,
     adapter: Adapter,
-    source: Checkpoint,
     dst: Path,
-    losses: Mapping[str, float],
+    details: Mapping[str, Row],
     progress: Progress | None,
 ) -> float:
-    """Reopen and decode `dst`, compare every module with the source; returns the largest relative
-    error.
+    """Reopen and decode `dst`, compare every module with `adapter`; returns the largest relative
+    error. Rows of the report end with the columns of `details`.
     """
     known = {c: list(adapter.of(c)) for c in adapter.components}
     written = open_adapter(dst)
@@ -56,16 +55,14 @@ def prove(
                 over.append(path)
             if error > worst or error != error:
                 worst, worst_path = error, path
-            row = {
+            row: Row = {
                 "module": path,
                 "algorithm": module.algorithm,
                 "rank": module.rank,
                 "scale": float(module.scale),
                 "error": error,
             }
-            if losses:
-                row["loss"] = losses.get(path, 0.0)
-            report.modules.append(row)
+            report.modules.append(row | details.get(path, {}))
     extra = [p for p, m in again.modules.items() if not m.is_zero()]
     missing = [
         key for key in adapter.extras if key not in again.extras and key != "lora_controlnet"
@@ -73,8 +70,6 @@ def prove(
     if over or extra or missing:
         raise CheckFailed(_failure(over, extra, missing, worst, worst_path))
     report.summary["check"] = f"reopened, decoded and compared: {len(modules)} modules agree"
-    if losses:
-        report.summary["largest loss of the fit"] = max(losses.values(), default=0.0)
     return worst
 
 

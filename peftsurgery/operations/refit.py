@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from peftsurgery.adapter import Adapter
-from peftsurgery.algorithms import Full, LoRA, WeightAdapter, difference
+from peftsurgery.algorithms import Full, LoKr, LoRA, WeightAdapter, difference
 from peftsurgery.codec import BaseWeights
 from peftsurgery.codec.placing import ungroup
 from peftsurgery.errors import CannotFit, Finding, UnsupportedError
@@ -27,9 +27,11 @@ def refit(
     rank: str | None,
     weights: BaseWeights | None,
     progress: Progress | None = None,
+    *,
+    factor: int | None = -1,
 ) -> dict[str, float]:
-    """Replace every module by its fit in `algorithm` ("lora" or "full"); returns the loss per
-    module.
+    """Replace every module by its fit in `algorithm` ("lora", "lokr" or "full"); returns the loss
+    per module. factor: see `LoKr.fit`.
 
     Norms and pure bias changes stay as they are. A record that lay on a fused weight because its
     algorithm could not be split is split afterwards. Raises UnsupportedError naming the module when
@@ -44,15 +46,21 @@ def refit(
             continue
         if algorithm == "lora" and _is_plain(module) and rank is None:
             continue
-        weight = _weight(path, module, weights)
+        weight = weight_for(path, module, weights)
         if algorithm == "full":
-            fitted = _full(module, weight)
+            fitted = Full.fit(module, weight)
         else:
             try:
-                fitted = LoRA.fit(module, rank, weight)
+                if algorithm == "lokr":
+                    fitted = LoKr.fit(module, rank, weight, factor=factor)
+                else:
+                    fitted = LoRA.fit(module, rank, weight)
             except CannotFit as error:
                 raise CannotFit(f"{path}: {error}") from error
-        exact = module if module.additive else _full(module, weight)
+        exact = module if module.additive else Full.fit(module, weight)
+        if weights is not None and (factors := module.bias_factor) is not None:
+            bias = _scaled_bias(path, factors, weights)
+            exact, fitted = exact.with_tensors(bias=bias), fitted.with_tensors(bias=bias)
         losses[path] = difference(exact, fitted)
         adapter.modules[path] = fitted
     dropped = ("use_dora", "use_rslora")
@@ -67,11 +75,17 @@ def _is_plain(module: WeightAdapter) -> bool:
     return isinstance(module, LoRA) and module.additive and module.mid is None
 
 
-def _weight(path: str, module: WeightAdapter, weights: BaseWeights | None) -> torch.Tensor | None:
-    """The base weight where the fit needs it, or where it tells the kernel of a convolution."""
+def weight_for(
+    path: str, module: WeightAdapter, weights: BaseWeights | None
+) -> torch.Tensor | None:
+    """The base weight where the fit needs it, or where it tells the kernel of a convolution; None
+    where neither. Raises UnsupportedError when it is needed and was not given.
+    """
     if not module.additive:
         if weights is None:
-            why = "a DoRA magnitude" if module.magnitude is not None else "a replaced weight"
+            why = f"{module.algorithm} maps it to another"
+            if module.magnitude is not None or module.algorithm == "set":
+                why = "a DoRA magnitude" if module.magnitude is not None else "a replaced weight"
             raise UnsupportedError(
                 f"{path}: the change depends on the base weight ({why}). Pass --base CHECKPOINT."
             )
@@ -87,14 +101,11 @@ def _weight(path: str, module: WeightAdapter, weights: BaseWeights | None) -> to
     return None
 
 
-def _full(module: WeightAdapter, weight: torch.Tensor | None) -> Full:
-    return Full(
-        module.delta(weight).detach(),
-        bias=module.bias,
-        bias_is_value=module.bias_is_value,
-        padded_shape=module.padded_shape,
-        stored=module.stored,
-    )
+def _scaled_bias(path: str, factors: torch.Tensor, weights: BaseWeights) -> torch.Tensor | None:
+    """(l - 1) b, the change of a bias that a map multiplies by l; None where there is no bias."""
+    if weights.find(path, "bias") is None:
+        return None
+    return (factors.detach() - 1) * weights.weight(path, "bias").float()
 
 
 def values_as_differences(adapter: Adapter, layout: Layout, weights: BaseWeights) -> list[Finding]:

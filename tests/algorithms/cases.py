@@ -9,7 +9,18 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from peftsurgery.algorithms import Full, LoHa, LoKr, LoRA, WeightAdapter
+from peftsurgery.algorithms import (
+    BOFT,
+    HRA,
+    IA3,
+    OFT,
+    Full,
+    GLoRA,
+    LoHa,
+    LoKr,
+    LoRA,
+    WeightAdapter,
+)
 
 LAYERS: dict[str, tuple[int, ...]] = {
     "linear": (12, 10),
@@ -161,6 +172,196 @@ CASES = (
 
 ALL = [(case, layer) for case in CASES for layer in case.layers]
 IDS = [f"{case.name}-{layer}" for case, layer in ALL]
+
+
+# --- maps of the weight: `formula` gives W_1 from W in fp64, with dense matrices ------------------
+
+
+@dataclass(frozen=True)
+class MapCase:
+    """`make(shape, rng, dtype)` draws a map of weights of that shape; `formula` is W -> W_1."""
+
+    name: str
+    make: Callable[[tuple[int, ...], Generator, torch.dtype], WeightAdapter]
+    formula: Callable[[Any, Tensor], Tensor]
+    layers: tuple[str, ...] = MATRIX
+
+
+def skew(vector: Tensor, b: int) -> Tensor:
+    """(n, b(b-1)/2) -> (n, b, b), element by element."""
+    s = torch.zeros(len(vector), b, b, dtype=vector.dtype)
+    pairs = [(i, j) for i in range(b) for j in range(i + 1, b)]
+    for place, (i, j) in enumerate(pairs):
+        s[:, i, j], s[:, j, i] = vector[:, place], -vector[:, place]
+    return s
+
+
+def diagonal(blocks: Tensor) -> Tensor:
+    return torch.block_diag(*blocks)
+
+
+def rotated(skews: Tensor) -> Tensor:
+    """(I + S) (I - S)⁻¹ of each block."""
+    eye = torch.eye(skews.shape[-1], dtype=skews.dtype)
+    return (eye + skews) @ torch.linalg.inv(eye - skews)
+
+
+def on_columns(weight: Tensor, matrix: Tensor) -> Tensor:
+    return (weight.flatten(1) @ matrix).reshape(weight.shape)
+
+
+def on_rows(weight: Tensor, matrix: Tensor) -> Tensor:
+    return (matrix @ weight.flatten(1)).reshape(weight.shape)
+
+
+def make_oft(block: int, **options: Any) -> Callable[..., WeightAdapter]:
+    def make(shape: tuple[int, ...], rng: Generator, dtype: torch.dtype) -> OFT:
+        count = 1 if options.get("shared") else size(shape[1:]) // block
+        vector = 0.4 * draw(rng, count, block * (block - 1) // 2)
+        return OFT(vector.to(dtype), **options)
+
+    return make
+
+
+def oft(a: Any, weight: Tensor) -> Tensor:
+    b = a.block_size
+    s = skew(get(a, "vector"), b)
+    if a.limit is not None:
+        norms = s.flatten(1).norm(dim=1)[:, None, None]
+        s = s * (a.limit / len(s) ** 0.5 / norms).clamp_max(1.0)
+    s = s / a.spread
+    if a.series:
+        eye = torch.eye(b, dtype=s.dtype)
+        powers = [eye.expand_as(s), 2 * s, 2 * s @ s, 2 * s @ s @ s]
+        d = sum(powers) + (1 if a.half_last else 2) * s @ s @ s @ s
+        d = d.mT if a.inverse else d
+    else:
+        d = rotated(-s if a.inverse else s)
+    if a.shared:
+        d = d.expand(size(weight.shape[1:]) // b, -1, -1)
+    return on_columns(weight, diagonal(d).T)
+
+
+def make_oft_out(shape: tuple[int, ...], rng: Generator, dtype: torch.dtype) -> OFT:
+    blocks = draw(rng, shape[0] // 2, 2, 2, dtype=dtype)
+    rescale = (1 + 0.2 * draw(rng, shape[0], *[1] * (len(shape) - 1))).to(dtype)
+    return OFT(None, blocks, rescale, acts_on="out", inverse=True, constraint=1.5)
+
+
+def oft_out(a: Any, weight: Tensor) -> Tensor:
+    s = get(a, "blocks") - get(a, "blocks").mT
+    s = s * min(1.0, a.constraint / float(s.norm()))
+    factors = get(a, "rescale").reshape(-1, *[1] * (weight.ndim - 1))
+    return on_rows(weight, diagonal(rotated(s)).T) * factors
+
+
+def make_boft(form: str) -> Callable[..., WeightAdapter]:
+    def make(shape: tuple[int, ...], rng: Generator, dtype: torch.dtype) -> BOFT:
+        width = size(shape[1:]) if form == "peft" else shape[0]
+        depth = 2 if width % 4 == 0 else 1
+        blocks = 0.5 * draw(rng, depth, width // 2, 2, 2)
+        rescale = 1 + 0.2 * draw(rng, shape[0], 1)
+        return BOFT(blocks.to(dtype), rescale.to(dtype), form=form)  # type: ignore[arg-type]
+
+    return make
+
+
+def boft(a: Any, weight: Tensor) -> Tensor:
+    """With permutation matrices, b = 2: a half is one element, so both forms pair the same ones."""
+    blocks = get(a, "blocks")
+    s = blocks - blocks.mT
+    s = -s / 2 if a.form == "peft" else s
+    width = blocks.shape[1] * 2
+    total = torch.eye(width, dtype=s.dtype)
+    for k in range(blocks.shape[0]):
+        order = [g + h for g in range(0, width, 2 ** (k + 1)) for h in range(2**k)]
+        pairs = torch.tensor([[x, x + 2**k] for x in order]).reshape(-1)
+        swap = torch.eye(width, dtype=s.dtype)[pairs]
+        total = swap.T @ diagonal(rotated(s[k])) @ swap @ total
+    turned = on_columns(weight, total.T) if a.form == "peft" else on_rows(weight, total)
+    return turned * get(a, "rescale").reshape(-1, *[1] * (weight.ndim - 1))
+
+
+def make_hra(orthogonal: bool) -> Callable[..., WeightAdapter]:
+    def make(shape: tuple[int, ...], rng: Generator, dtype: torch.dtype) -> HRA:
+        return HRA(draw(rng, size(shape[1:]), 3, dtype=dtype), orthogonal=orthogonal)
+
+    return make
+
+
+def hra(a: Any, weight: Tensor) -> Tensor:
+    u = get(a, "u")
+    if a.orthogonal:
+        q = torch.linalg.qr(u)[0]
+        return on_columns(weight, torch.eye(len(u), dtype=u.dtype) - 2 * q @ q.T)
+    for column in u.T:
+        v = column / column.norm()
+        weight = on_columns(weight, torch.eye(len(u), dtype=u.dtype) - 2 * torch.outer(v, v))
+    return weight
+
+
+def make_ia3(acts_on: str, centred: bool) -> Callable[..., WeightAdapter]:
+    def make(shape: tuple[int, ...], rng: Generator, dtype: torch.dtype) -> IA3:
+        n = shape[0] if acts_on == "out" else shape[1]
+        return IA3(draw(rng, n, dtype=dtype), acts_on=acts_on, centred=centred)  # type: ignore[arg-type]
+
+    return make
+
+
+def ia3(a: Any, weight: Tensor) -> Tensor:
+    factor = get(a, "vector") + (1 if a.centred else 0)
+    tail = weight.ndim - 1
+    return weight * (
+        factor.reshape(-1, *[1] * tail)
+        if a.acts_on == "out"
+        else factor.reshape(1, -1, *[1] * (tail - 1))
+    )
+
+
+def make_glora(tucker: bool) -> Callable[..., WeightAdapter]:
+    def make(shape: tuple[int, ...], rng: Generator, dtype: torch.dtype) -> GLoRA:
+        o, i, *k = shape
+        ones = [1] * len(k)
+        b2 = draw(rng, 3, i, *(ones if tucker else k), dtype=dtype)
+        bm = draw(rng, 3, 3, *k, dtype=dtype) if tucker else None
+        a1, a2 = draw(rng, i, 3, *ones, dtype=dtype), draw(rng, 3, i, *ones, dtype=dtype)
+        b1 = draw(rng, o, 3, *ones, dtype=dtype)
+        return GLoRA(a1, a2, b1, b2, bm, scale=number(rng))
+
+    return make
+
+
+def glora(a: Any, weight: Tensor) -> Tensor:
+    a1, a2, b1, b2 = (get(a, n).flatten(1) for n in ("a1", "a2", "b1", "b2"))
+    seen = torch.einsum("oi...,ij,jk->ok...", weight, a1, a2)
+    if a.bm is None:
+        added = (b1 @ b2).reshape(weight.shape)
+    else:
+        added = torch.einsum("mn...,om,ni->oi...", get(a, "bm"), b1, b2).reshape(weight.shape)
+    return weight + float(a.scale) * (seen + added)
+
+
+MAP_CASES = (
+    MapCase("oft-neumann", make_oft(2, series=5), oft),
+    MapCase("oft-neumann-old", make_oft(2, series=5, half_last=False), oft),
+    MapCase("oft-exact", make_oft(2, inverse=True), oft),
+    MapCase("oft-wide", make_oft(5, inverse=True), oft, ("linear", "conv1d", "conv3x3")),
+    MapCase("oft-shared", make_oft(2, shared=True, series=5), oft),
+    MapCase("oft-coft", make_oft(2, limit=0.3), oft),
+    MapCase("oft-scaled", make_oft(5, series=5, spread=4.0), oft, ("linear", "conv3x3")),
+    MapCase("oft-out", make_oft_out, oft_out),
+    MapCase("boft-peft", make_boft("peft"), boft),
+    MapCase("boft-lycoris", make_boft("lycoris"), boft),
+    MapCase("hra", make_hra(False), hra),
+    MapCase("hra-orthogonal", make_hra(True), hra),
+    MapCase("ia3-out", make_ia3("out", False), ia3),
+    MapCase("ia3-in", make_ia3("in", False), ia3),
+    MapCase("ia3-centred", make_ia3("in", True), ia3),
+    MapCase("glora", make_glora(False), glora),
+    MapCase("glora-tucker", make_glora(True), glora, KERNEL),
+)
+MAPS = [(case, layer) for case in MAP_CASES for layer in case.layers]
+MAP_IDS = [f"{case.name}-{layer}" for case, layer in MAPS]
 
 
 def close(got: Tensor, wanted: Tensor, tolerance: float = 2e-6) -> None:

@@ -7,8 +7,9 @@ import torch
 from torch import Generator, nn
 
 from peftsurgery.algorithms import ALGORITHMS, Full, LoRA, Replace, WeightAdapter, norm
+from peftsurgery.algorithms.layer import Layer
 from peftsurgery.errors import UsageError
-from tests.algorithms.cases import ALL, IDS, LAYERS, Case, close, draw
+from tests.algorithms.cases import ALL, CASES, IDS, LAYERS, MAP_CASES, Case, close, draw
 
 every = pytest.mark.parametrize(("case", "layer"), ALL, ids=IDS)
 
@@ -19,7 +20,8 @@ def expected(case: Case, adapter: WeightAdapter, shape: tuple[int, ...]) -> torc
 
 def test_the_registry_names_every_class() -> None:
     assert all(cls.algorithm == name for name, cls in ALGORITHMS.items())
-    assert {case.name.partition("-")[0] for case, _ in ALL} | {"set"} == set(ALGORITHMS)
+    cases = {case.name.partition("-")[0] for case in (*CASES, *MAP_CASES)}
+    assert cases | {"set"} == set(ALGORITHMS)
 
 
 @every
@@ -263,3 +265,82 @@ def test_trained_factors_receive_gradients(rng: Generator) -> None:
     merged.square().sum().backward()
     assert up.grad is not None
     close(up.grad, merged @ adapter.down.T, 1e-5)
+
+
+def layer_of(name: str, groups: int = 1) -> Layer:
+    if name in ("linear", "embedding"):
+        return Layer(name)  # type: ignore[arg-type]
+    kernel = LAYERS[name][2:]
+    n = len(kernel)
+    return Layer("conv", (2,) * n, (1,) * n, (1,) * n, groups, "zeros", kernel)
+
+
+def input_of(name: str, rng: Generator) -> torch.Tensor:
+    shape = LAYERS[name]
+    if name == "embedding":
+        return torch.randint(0, shape[0], (2, 5), generator=rng)
+    if name == "linear":
+        return draw(rng, 2, 3, shape[1])
+    return draw(rng, 2, shape[1], *(7 for _ in shape[2:]))
+
+
+@pytest.mark.parametrize(
+    ("case", "layer"),
+    [pair for pair in ALL if pair[1] != "norm"],
+    ids=[name for name in IDS if not name.endswith("norm")],
+)
+def test_change_is_the_layer_with_delta(case: Case, layer: str, rng: Generator) -> None:
+    adapter = case.make(LAYERS[layer], rng, torch.float32)
+    assert adapter.side == "sum"
+    described, x = layer_of(layer), input_of(layer, rng)
+    delta = adapter.delta().reshape(LAYERS[layer])
+    close(adapter.change(x, described), described.apply(x, delta), 1e-5)
+
+
+def test_change_of_a_grouped_convolution(rng: Generator) -> None:
+    layer = Layer("conv", (1,), (1,), (1,), 3, "circular", (3,))
+    adapter = LoRA(draw(rng, 12, 2), draw(rng, 2, 4, 3), scale=0.5)
+    x = draw(rng, 2, 12, 7)
+    close(adapter.change(x, layer), layer.apply(x, adapter.delta()), 1e-5)
+
+
+@pytest.mark.parametrize("algorithm", ["lora", "loha", "lokr", "full", "set"])
+@pytest.mark.parametrize("layer", list(LAYERS))
+@pytest.mark.parametrize("rank", [2, 40])
+def test_a_fresh_adapter_changes_nothing(
+    algorithm: str, layer: str, rank: int, rng: Generator
+) -> None:
+    weight = draw(rng, *LAYERS[layer])
+    if weight.ndim == 1 and algorithm not in ("full", "set"):
+        with pytest.raises(UsageError, match="no low-rank change"):
+            ALGORITHMS[algorithm].init(weight, rank=rank)
+        return
+    stored = "embedding" if layer == "embedding" else "linear"
+    adapter = ALGORITHMS[algorithm].init(weight, rank=rank, alpha=3.0, generator=rng, stored=stored)
+    assert torch.equal(adapter.merged(weight)[0], weight)
+    assert float(adapter.delta(weight).detach().abs().max()) == 0
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in adapter.parameters())
+    if adapter.rank is not None:
+        assert float(adapter.scale) == pytest.approx(3 / rank)
+    adapter.merged(weight)[0].square().sum().backward()
+    assert any(p.grad is not None for p in adapter.parameters())
+    with pytest.raises(UsageError, match="has no option 'ranc'"):
+        ALGORITHMS[algorithm].init(weight, rank=rank, ranc=2)
+
+
+@pytest.mark.parametrize("algorithm", ["lora", "loha", "lokr"])
+def test_fresh_tucker_forms_have_their_cores(algorithm: str, rng: Generator) -> None:
+    adapter = ALGORITHMS[algorithm].init(
+        draw(rng, 12, 10, 3, 3), rank=2, generator=rng, tucker=True
+    )
+    assert {"mid", "t1", "t2"} & set(adapter.tensors())
+    assert adapter.shape == (12, 10, 3, 3)
+    assert float(adapter.delta().detach().abs().max()) == 0
+
+
+def test_the_scale_stays_fp32_when_a_model_is_cast(rng: Generator) -> None:
+    adapter = LoRA(draw(rng, 6, 2), draw(rng, 2, 5), scale=1 / 3)
+    adapter.to(torch.bfloat16)
+    assert adapter.up.dtype == torch.bfloat16
+    assert adapter.scale.dtype == torch.float32
+    assert float(adapter.scale) == pytest.approx(1 / 3, abs=1e-8)

@@ -11,7 +11,8 @@ from peftsurgery import checkpoint
 from peftsurgery.codec import load_adapter
 from peftsurgery.errors import CheckFailed, UnsupportedError, UsageError
 from peftsurgery.layouts import LAYOUT_NAMES
-from peftsurgery.operations import convert as module
+from peftsurgery.operations import convert as reading
+from peftsurgery.operations import writing_adapter as writing
 from peftsurgery.operations.convert import convert
 from tests.codec.build import dense, filled, gap, narrowed, read, shapes_of, thinned, write
 from tests.codec.parts import Maker
@@ -41,6 +42,7 @@ def names(folder: Path) -> set[str]:
 def test_a_failure_at_any_step_leaves_nothing(
     step: str, error: type, layout: str, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    module = reading if step == "decode" else writing
     original = getattr(module, step)
     before = names(source.parent)
 
@@ -64,7 +66,7 @@ def test_an_old_file_survives_a_failed_overwrite(
     def failing(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "prove", failing)
+    monkeypatch.setattr(writing, "prove", failing)
     with pytest.raises(KeyboardInterrupt):
         convert(source, out, to="comfy", overwrite=True)
     assert out.read_bytes() == before
@@ -90,7 +92,7 @@ def test_a_file_that_reads_back_differently_is_not_kept(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The proof can fail: a factor is changed between encoding and writing."""
-    original = module.encode
+    original = writing.encode
 
     def wrong(*args, **kwargs):
         encoded = original(*args, **kwargs)
@@ -98,14 +100,14 @@ def test_a_file_that_reads_back_differently_is_not_kept(
         encoded.tensors[""][key] = encoded.tensors[""][key] * 1.001
         return encoded
 
-    monkeypatch.setattr(module, "encode", wrong)
+    monkeypatch.setattr(writing, "encode", wrong)
     with pytest.raises(CheckFailed, match=r"ΔW of 1 modules moved .*attn2.to_k.*Nothing was kept"):
         convert(source, source.parent / "out.safetensors", to="kohya")
     assert names(source.parent) == {"in.safetensors"}
 
 
 def test_a_lost_module_fails_the_check(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = module.encode
+    original = writing.encode
 
     def without(*args, **kwargs):
         encoded = original(*args, **kwargs)
@@ -113,7 +115,7 @@ def test_a_lost_module_fails_the_check(source: Path, monkeypatch: pytest.MonkeyP
         encoded.tensors[""] = kept
         return encoded
 
-    monkeypatch.setattr(module, "encode", without)
+    monkeypatch.setattr(writing, "encode", without)
     with pytest.raises(CheckFailed, match=r"worst 'text_encoder:.*by inf"):
         convert(source, source.parent / "out.safetensors", to="kohya")
 

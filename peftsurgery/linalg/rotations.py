@@ -1,0 +1,140 @@
+"""Orthogonal matrices from free parameters: Cayley transforms, butterflies, Householder products.
+
+Everything is differentiable, batched over leading dimensions, and never forms a matrix larger than
+its blocks. Blocks D (n, b, b) act on vectors along the last dimension, block by block: x -> D x.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def skew_from_vector(vector: Tensor, size: int) -> Tensor:
+    """(n, b(b-1)/2) -> S (n, b, b) with S = -Sᵀ; the vector is the upper triangle, row by row."""
+    rows, columns = torch.triu_indices(size, size, 1, device=vector.device)
+    upper = vector.new_zeros(vector.shape[0], size * size)
+    upper = upper.index_copy(1, rows * size + columns, vector).unflatten(1, (size, size))
+    return upper - upper.mT
+
+
+def skew_part(blocks: Tensor) -> Tensor:
+    """B - Bᵀ, not halved."""
+    return blocks - blocks.mT
+
+
+def cayley(skew: Tensor) -> Tensor:
+    """(I + S) (I - S)⁻¹, orthogonal for S = -Sᵀ, by one solve. Its transpose is cayley(-S)."""
+    eye = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
+    return torch.linalg.solve(eye - skew, eye + skew)  # the two commute
+
+
+def cayley_neumann(skew: Tensor, terms: int, *, half_last: bool = True) -> Tensor:
+    """The series of `cayley` cut off: I + 2S + 2S² + … , only nearly orthogonal.
+
+    PEFT's `terms` (tuners/oft/layer.py): 1 is I, 2 is I + 2S; from 3 on, since 0.18, the last power
+    is S^max(terms - 1, 3) with weight 1 (`half_last`); before, S^(terms - 1) with weight 2.
+    """
+    total = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device).expand_as(skew)
+    if terms < 2:
+        return total
+    power = skew
+    total = total + 2 * power
+    if terms == 2:
+        return total
+    last = max(terms - 1, 3) if half_last else terms - 1
+    for exponent in range(2, last + 1):
+        power = power @ skew
+        total = total + power * (1 if half_last and exponent == last else 2)
+    return total
+
+
+def within_norm(skew: Tensor, limit: float, *, each: bool) -> Tensor:
+    """S scaled down to a Frobenius norm of at most `limit`, block by block or as a whole.
+
+    Block by block the factor is a constant in the backward pass, as PEFT's projection is: otherwise
+    a block at its limit could not shrink again.
+    """
+    measured, dims = (skew.detach(), (-2, -1)) if each else (skew, None)
+    norm = torch.linalg.vector_norm(measured, dim=dims, keepdim=each)
+    return skew * torch.where(norm > limit, limit / torch.where(norm > 0, norm, 1.0), 1.0)
+
+
+def turn(x: Tensor, blocks: Tensor) -> Tensor:
+    """D x along the last dimension: x (…, n·b), blocks (n, b, b)."""
+    n, b, _ = blocks.shape
+    return torch.einsum("...nb,ncb->...nc", x.unflatten(-1, (n, b)), blocks).flatten(-2)
+
+
+def chunk_order(size: int, block: int, stage: int, device: torch.device) -> Tensor:
+    """Butterfly of halves of blocks: halves that lie 2^stage apart become neighbours (PEFT's
+    `block_butterfly_perm`, transposed; Liu et al. 2023, arXiv 2311.06243)."""
+    index = torch.arange(size, device=device)
+    if stage == 0:
+        return index
+    return index.reshape(-1, 2, 2**stage, block // 2).transpose(1, 2).reshape(-1)
+
+
+def element_order(size: int, block: int, stage: int, device: torch.device) -> Tensor:
+    """Butterfly of single elements: those 2^stage · block/2 apart become neighbours (LyCORIS
+    functional/boft.py)."""
+    index = torch.arange(size, device=device)
+    return index.reshape(-1, 2, 2**stage * (block // 2)).transpose(1, 2).reshape(-1)
+
+
+def butterfly(x: Tensor, blocks: Tensor, *, chunks: bool, inverse: bool = False) -> Tensor:
+    """B_{m-1} … B_0 x along the last dimension, B_k = Π_kᵀ D_k Π_k; blocks (m, n, b, b).
+
+    Π_k: `chunk_order` or `element_order`. inverse: the transpose of the product.
+    """
+    order = chunk_order if chunks else element_order
+    stages = range(blocks.shape[0])
+    for k in reversed(stages) if inverse else stages:
+        index = order(x.shape[-1], blocks.shape[-1], k, x.device)
+        back = torch.argsort(index)
+        x = turn(x[..., index], blocks[k].mT if inverse else blocks[k])[..., back]
+    return x
+
+
+def normalized_columns(u: Tensor) -> Tensor:
+    """Columns of length one; a zero column stays zero."""
+    norm = torch.linalg.vector_norm(u, dim=0)
+    return u / torch.where(norm > 0, norm, 1.0)
+
+
+def gram_schmidt(u: Tensor) -> Tensor:
+    """Orthonormal columns spanning those of u, in order; one that depends on those before is zero.
+
+    Each column is projected twice, so the result is orthonormal to rounding.
+    """
+    found: list[Tensor] = []
+    for column in normalized_columns(u).unbind(1):
+        rest = column
+        if found:
+            basis = torch.stack(found, 1)
+            for _ in range(2):
+                rest = rest - basis @ (basis.T @ rest)
+        norm = torch.linalg.vector_norm(rest)
+        dependent = norm <= 8 * u.shape[0] ** 0.5 * torch.finfo(u.dtype).eps
+        found.append(torch.where(dependent, 0.0, rest / torch.where(dependent, 1.0, norm)))
+    return torch.stack(found, 1)
+
+
+def householder(
+    x: Tensor, u: Tensor, *, orthonormal: bool = False, inverse: bool = False
+) -> Tensor:
+    """x H along the last dimension, H = Π_k (I - 2 u_k u_kᵀ), u (n, r) of unit or zero columns.
+
+    Compact WY form (Schreiber and Van Loan 1989): H = I - U T Uᵀ, T⁻¹ = striu(UᵀU) + ½ I; x H costs
+    two products of rank r and a triangular solve. orthonormal: UᵀU is diagonal, T = 2 I. inverse:
+    x Hᵀ.
+    """
+    inner = x @ u
+    if orthonormal:
+        return x - 2 * inner @ u.T
+    core = torch.triu(u.T @ u, 1) + 0.5 * torch.eye(u.shape[1], dtype=u.dtype, device=u.device)
+    if inverse:
+        core = core.T
+    flat = inner.reshape(-1, u.shape[1])
+    solved = torch.linalg.solve_triangular(core, flat, upper=not inverse, left=False)
+    return x - solved.reshape(inner.shape) @ u.T

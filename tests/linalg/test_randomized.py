@@ -1,0 +1,157 @@
+"""Randomized SVD from row tiles against the dense one in fp64: error, exact accounting, hostile
+matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from peftsurgery.errors import UsageError
+from peftsurgery.linalg.randomized import DenseTiles, Truncated, randomized_svd
+
+torch.set_num_threads(1)
+SPECTRA = {
+    "flat": lambda j: torch.ones_like(j),
+    "slow": lambda j: j**-0.3,
+    "1/j": lambda j: 1 / j,
+    "1/j²": lambda j: j**-2.0,
+    "exponential": lambda j: torch.exp(-j / 15),
+    "step": lambda j: torch.where(j <= 30, 1.0, 0.2),
+}
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    random = torch.Generator()
+    random.seed()
+    return random
+
+
+def with_spectrum(spectrum: Tensor, rows: int, columns: int, random: torch.Generator) -> Tensor:
+    k = spectrum.numel()
+    left = torch.linalg.qr(torch.randn(rows, k, generator=random, dtype=torch.float64)).Q
+    right = torch.linalg.qr(torch.randn(columns, k, generator=random, dtype=torch.float64)).Q
+    return (left * spectrum) @ right.T
+
+
+def residual(matrix: Tensor, found: Truncated) -> float:
+    product = (found.u.double() * found.s.double()) @ found.vh.double()
+    return float(torch.linalg.matrix_norm(matrix.double() - product))
+
+
+@pytest.mark.parametrize("kind", SPECTRA)
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(300, 211, 8), (190, 420, 24)])
+def test_error_at_a_fixed_rank_is_within_a_percent_of_the_optimum(
+    kind: str, rows: int, columns: int, rank: int, generator: torch.Generator
+) -> None:
+    spectrum = SPECTRA[kind](torch.arange(1, min(rows, columns) + 1, dtype=torch.float64))
+    matrix = with_spectrum(spectrum, rows, columns, generator).float()
+    found = randomized_svd(DenseTiles(matrix, 37), rank, dense=False)
+    optimum = float(torch.linalg.svdvals(matrix.double())[rank:].norm())
+    assert found.s.numel() == rank
+    assert residual(matrix, found) <= 1.01 * optimum
+    claimed = found.error * float(matrix.norm())
+    assert claimed == pytest.approx(residual(matrix, found), rel=1e-2, abs=1e-3 * float(spectrum.norm()))
+    assert found.total == pytest.approx(float(matrix.double().square().sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.8, 0.95])
+@pytest.mark.parametrize("kind", ["slow", "1/j", "exponential"])
+def test_energy_target_is_met_with_nearly_the_smallest_rank(
+    kind: str, share: float, generator: torch.Generator
+) -> None:
+    spectrum = SPECTRA[kind](torch.arange(1, 321, dtype=torch.float64))
+    matrix = with_spectrum(spectrum, 400, 320, generator).float()
+    found = randomized_svd(DenseTiles(matrix, 64), f"energy:{share}")
+    sums = spectrum.square().cumsum(0) / spectrum.square().sum()
+    least = int((sums < share).sum()) + 1
+    kept = 1 - residual(matrix, found) ** 2 / found.total
+    assert kept >= share - 1e-5
+    assert found.energy == pytest.approx(kept, abs=1e-5)
+    assert least <= found.s.numel() <= least + 1 + least // 20
+
+
+def test_a_cap_bounds_the_rank_and_the_energy_kept_is_still_exact(
+    generator: torch.Generator,
+) -> None:
+    matrix = torch.randn(260, 330, generator=generator)
+    found = randomized_svd(DenseTiles(matrix), "max:11,energy:0.999", dense=False)
+    assert found.s.numel() == 11
+    assert found.energy == pytest.approx(1 - residual(matrix, found) ** 2 / found.total, abs=1e-5)
+
+
+def test_a_low_rank_matrix_comes_back_whole(generator: torch.Generator) -> None:
+    up = torch.randn(250, 6, generator=generator)
+    down = torch.randn(6, 400, generator=generator)
+    for scale in (1.0, 1e-18, 1e15):
+        matrix = scale * up @ down
+        found = randomized_svd(DenseTiles(matrix), "energy:1", dense=None)
+        assert residual(matrix, found) <= 2e-6 * float(matrix.double().norm())
+        exact = torch.linalg.svdvals(matrix.double())[:6]
+        torch.testing.assert_close(found.s[:6].double(), exact, rtol=1e-5, atol=0)
+        fixed = randomized_svd(DenseTiles(matrix), 6, dense=False)
+        assert residual(matrix, fixed) <= 2e-6 * float(matrix.double().norm())
+
+
+@pytest.mark.parametrize("dense", [False, None])
+def test_odd_matrices(dense: bool | None, generator: torch.Generator) -> None:
+    zero = randomized_svd(DenseTiles(torch.zeros(130, 140)), 4, dense=dense)
+    assert zero.energy == 1
+    assert zero.error == 0
+    assert float(zero.s.abs().max()) == 0
+    assert bool(torch.isfinite(zero.u).all() & torch.isfinite(zero.vh).all())
+    for shape in ((1, 200), (200, 1), (1, 1), (3, 150)):
+        matrix = torch.randn(shape, generator=generator)
+        found = randomized_svd(DenseTiles(matrix), 64, dense=dense)
+        assert found.s.numel() == min(shape)
+        assert residual(matrix, found) <= 1e-5 * float(matrix.norm())
+    small = (torch.randn(150, 140, generator=generator) * 1e-7).half()
+    found = randomized_svd(DenseTiles(small), 140, dense=dense)
+    assert residual(small, found) <= 1e-5 * float(small.double().norm())
+    twice = torch.randn(100, 160, generator=generator).repeat(2, 1)
+    found = randomized_svd(DenseTiles(twice), 100, dense=dense)
+    assert residual(twice, found) <= 1e-5 * float(twice.double().norm())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dense", [False, True])
+def test_nan_is_named(value: float, dense: bool) -> None:
+    matrix = torch.ones(120, 110)
+    matrix[77, 5] = value
+    with pytest.raises(UsageError, match="1 values are NaN or Inf, first in row 77"):
+        randomized_svd(DenseTiles(matrix, 32), 3, dense=dense)
+
+
+def test_same_seed_same_result(generator: torch.Generator) -> None:
+    matrix = torch.randn(150, 170, generator=generator)
+    runs = [randomized_svd(DenseTiles(matrix), 5, seed=s, dense=False) for s in (3, 3, 4)]
+    assert torch.equal(runs[0].u, runs[1].u)
+    assert not torch.equal(runs[0].u, runs[2].u)
+
+
+@dataclass
+class Counted:
+    """Row tiles that count how often they are read."""
+
+    matrix: Tensor
+    readings: int = 0
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        return self.matrix.shape[0], self.matrix.shape[1]
+
+    def tiles(self) -> Iterator[tuple[int, Tensor]]:
+        self.readings += 1
+        for start in range(0, self.matrix.shape[0], 20):
+            yield start, self.matrix[start : start + 20]
+
+
+def test_few_readings_and_none_after_the_cap_is_reached(generator: torch.Generator) -> None:
+    source = Counted(torch.randn(400, 300, generator=generator))
+    randomized_svd(source, "max:16,energy:0.999")
+    assert source.readings <= 8
