@@ -1,6 +1,7 @@
 """The Kronecker product nearest to a matrix, from row tiles or from low-rank factors.
 
-    min ||M - A ⊗ B||_F = min ||R(M) - vec(A) vec(B)ᵀ||_F,   R(M)[(α, γ), (β, δ)] = M[αb + β, γe + δ]
+    min ||M - A ⊗ B||_F = min ||R(M) - vec(A) vec(B)ᵀ||_F,   R(M)[(α, γ), (β, δ)] = M[αb + β, γe +
+    δ]
 
 (Van Loan, Pitsianis 1993, "Approximation with Kronecker products"): the leading singular triplet of
 the rearranged matrix R(M), found by block power iteration. M is never rearranged in memory.

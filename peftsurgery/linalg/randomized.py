@@ -88,14 +88,15 @@ def randomized_svd(
 ) -> Truncated:
     """The smallest rank that meets `rule`, and the triplets of that rank.
 
-        X ← orth(Mᵀ Ψ),  X ← orth(Mᵀ M X) until ||M X||_F² stops growing,  M X = U S Wᵀ,  Vh = (X W)ᵀ
+        X ← orth(Mᵀ Ψ),  X ← orth(Mᵀ M X) until ||M X||_F² stops growing,  M X = U S Wᵀ,  Vh = (X
+                         W)ᵀ
 
     M is read row tile by row tile, once per product with Mᵀ M; besides one tile there are only
-    X (n, q) and M X (o, q) with q = rank + oversampling. ||M||_F² is summed on the way, so the energy
-    kept is exact and not an estimate. A rule about energy starts with a narrow sketch
-    and widens it, the basis found so far being kept. Rules about the whole spectrum (cumulative,
-    noise), ranks near the shorter side and small matrices take the dense SVD (`dense` True forces it, False
-    forbids it), which holds M once in fp32.
+    X (n, q) and M X (o, q) with q = rank + oversampling. ||M||_F² is summed on the way, so the
+    energy kept is exact and not an estimate. A rule about energy starts with a narrow sketch and
+    widens it, the basis found so far being kept. Rules about the whole spectrum (cumulative,
+    noise), ranks near the shorter side and small matrices take the dense SVD (`dense` True forces
+    it, False forbids it), which holds M once in fp32.
 
     UsageError when M holds NaN or Inf.
     """
@@ -155,7 +156,7 @@ def _basis(
 ) -> tuple[Tensor, float]:
     """X (n, width) with orthonormal columns that hold the leading right singular vectors, and
     ||M||²."""
-    rows, columns = source.matrix_shape
+    columns = source.matrix_shape[1]
     fresh = width if known is None else width - known.shape[1]
     sketch = torch.zeros(columns, fresh)
     total = 0.0
@@ -194,8 +195,8 @@ def _basis(
 
 
 def square(tile: Tensor) -> float:
-    """||tile||_F² to about 1e-7: norms of rows in fp32, where their squares are in its range, summed
-    in fp64."""
+    """||tile||_F² to about 1e-7: norms of rows in fp32, where their squares are in its range,
+    summed in fp64."""
     norms = torch.linalg.vector_norm(tile.flatten(1), dim=1)
     if not 1e-12 < float(norms.max()) < 1e18:
         norms = torch.linalg.vector_norm(tile.flatten(1), dim=1, dtype=torch.float64)

@@ -74,12 +74,14 @@ def majority(parts: Sequence[Tensor], weights: Sequence[float], options: Chosen)
         positive = above + below >= 0
     result = torch.where(positive, above, below)
     if options.flag("normalize"):
-        shares = [torch.zeros_like(result) for _ in range(2)]
+        total_share, difference = torch.zeros_like(result), torch.zeros_like(result)
         for part, weight in zip(parts, weights, strict=True):
-            shares[0].add_(part > 0, alpha=abs(weight))
-            shares[1].add_(part < 0, alpha=abs(weight))
-        divisor = torch.where(positive, *shares)
-        result.div_(divisor.masked_fill_(divisor == 0, 1.0))
+            sign = part.sign()
+            difference.add_(sign, alpha=abs(weight))
+            total_share.add_(sign.abs_(), alpha=abs(weight))
+        # twice Σ |w_i| over the positive y_i, or over the negative ones
+        doubled = torch.where(positive, total_share + difference, total_share - difference)
+        result.div_(doubled.masked_fill_(doubled == 0, 2.0).mul_(0.5))
     return result
 
 

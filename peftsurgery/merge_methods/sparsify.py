@@ -105,11 +105,13 @@ def drop_by_rank(stack: Stack, source: int, options: Chosen) -> Sparsifier:
 
 
 def _band(tile: Tensor, low: float, high: float) -> Tensor:
-    size = tile.abs()
-    kept = size >= low
+    """The tile with low <= |x| <= high; what is outside becomes zero."""
     if high != float("inf"):
-        kept &= size <= high
-    return tile.mul_(kept)
+        tile = tile.masked_fill(tile.abs() > high, 0.0)
+    if low == 0:
+        return tile
+    below = float(torch.nextafter(torch.tensor(low), torch.tensor(0.0)))
+    return torch.nn.functional.hardshrink(tile, below)  # keeps |x| > below, that is |x| >= low
 
 
 def _key(stack: Stack, source: int) -> int:

@@ -1,4 +1,4 @@
-"""What a fine-tune changed: modules of TUNED that differ from BASE, and an account of all the rest."""
+"""What a fine-tune changed: modules of TUNED that differ from BASE, and an account of the rest."""
 
 from __future__ import annotations
 
@@ -286,7 +286,7 @@ def _untabled(
         note = f"{unseen} tensors of TUNED have names no table knows and no namesake in BASE"
         result.findings.append(Finding("info", "not-compared", note))
     homes = {name.partition(":")[0] for name in tuned.stored}
-    wanted = {head for head in result.tied.values()}
+    wanted = set(result.tied.values())
     missing = [
         home
         for home, stored in base.stored.items()

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peftsurgery.adapter import Adapter
 from peftsurgery.algorithms import Replace
 from peftsurgery.checkpoint import Checkpoint
+from peftsurgery.codec.placing import ungroup
 from peftsurgery.errors import Finding, UnsupportedError, UsageError
 from peftsurgery.linalg import RankRule
-from peftsurgery.merge_methods import METHODS, Chosen, Method, method_named
+from peftsurgery.merge_methods import METHODS, Chosen, Coefficients, Method, method_named
 from peftsurgery.merge_methods.base import Number
 from peftsurgery.operations.combine_inputs import (
     AdapterInputs,
@@ -183,14 +184,17 @@ def combine(
         _dry(report, inputs, to)
         return report
     hashes = [Hashing(file, enabled=True) for file in files]
+    if rule is not None or not isinstance(method_used, Coefficients):
+        inputs.join(to)
     combined = _run(inputs, plan, report, progress)
-    result = _assembled(inputs, combined, to)
+    overall = _overall(combined)
+    result, combined = _assembled(inputs, combined, to)
     encoded = encode_as(result, to, sources=files)
     report.findings.extend([*encoded.findings, *dead_modules(result)])
     summarise(report, result, encoded, to=to)
     for hashing in hashes:
         report.inputs.update(hashing.result())
-    error = write_proved(
+    write_proved(
         encoded,
         result,
         dst,
@@ -201,10 +205,8 @@ def combine(
         details={path: _row(item) for path, item in combined.items()},
         progress=progress,
     )
-    del error
-    loss = _overall(combined)
-    report.summary["loss of the fit, all modules"] = loss
-    object.__setattr__(report, "loss", loss)
+    report.summary["loss of the fit, all modules"] = overall
+    object.__setattr__(report, "loss", overall)
     return report
 
 
@@ -272,12 +274,15 @@ def _entries(
     return entries
 
 
-def _assembled(inputs: AdapterInputs, combined: Mapping[str, Combined], to: str) -> Adapter:
+def _assembled(
+    inputs: AdapterInputs, combined: Mapping[str, Combined], to: str
+) -> tuple[Adapter, dict[str, Combined]]:
+    """The adapter, and what is known of each of its modules; joined records are split again."""
     parameters: dict[str, str] = {}
     for adapter in inputs.adapters:
         parameters |= adapter.parameters
     modules = {path: item.module for path, item in combined.items()}
-    return Adapter(
+    result = Adapter(
         modules,
         inputs.architecture,
         to,
@@ -286,6 +291,9 @@ def _assembled(inputs: AdapterInputs, combined: Mapping[str, Combined], to: str)
         shared_config(inputs.adapters),
         {path: name for path, name in parameters.items() if path in modules},
     )
+    origin = ungroup(result)
+    found = {path: combined[origin.get(path, path)] for path in result.modules}
+    return result, {p: replace(item, module=result.modules[p]) for p, item in found.items()}
 
 
 # the report ---------------------------------------------------------------------------------------

@@ -19,9 +19,10 @@ from peftsurgery.codec import BaseWeights, decode, open_adapter
 from peftsurgery.codec.detect import AmbiguousArchitecture
 from peftsurgery.codec.keys import parse
 from peftsurgery.codec.placing import ungroup
-from peftsurgery.errors import CannotFit, Finding, UnsupportedError, UsageError
+from peftsurgery.errors import CannotFit, CannotFuse, Finding, UnsupportedError, UsageError
 from peftsurgery.operations.headers import Headers
 from peftsurgery.operations.journal import refuse_pending
+from peftsurgery.operations.regrouping import joined
 from peftsurgery.operations.strengths import Strength, block_name, check_used
 from peftsurgery.operations.writing_adapter import base_weights
 
@@ -48,6 +49,18 @@ class AdapterInputs:
     def paths(self) -> list[str]:
         """Module paths of all adapters, in order of appearance."""
         return list(dict.fromkeys(path for adapter in self.adapters for path in adapter.modules))
+
+    def join(self, to: str) -> None:
+        """One record per weight that the layout `to` stores, where every adapter's parts have one
+        weight: a fused weight gets one rank. Adapters that cannot be joined leave all as they are.
+        """
+        if any(s.patterns or s.blocks for s in self.strengths):
+            return
+        try:
+            joined_adapters = [joined(adapter, to) for adapter in self.adapters]
+        except CannotFuse:
+            return
+        self.adapters = joined_adapters
 
     def weights(self, path: str) -> list[float]:
         """The weight of every adapter at one module, those without it too."""

@@ -1,4 +1,4 @@
-"""The proof of an extraction: the written file is read again and BASE + adapter held against TUNED."""
+"""The proof of an extraction: the file is read again, and BASE + adapter held against TUNED."""
 
 from __future__ import annotations
 

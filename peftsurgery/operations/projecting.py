@@ -26,7 +26,6 @@ from peftsurgery.linalg.randomized import randomized_svd
 from peftsurgery.operations.changes import Change
 from peftsurgery.operations.differences import Difference, Stack
 
-
 ALGORITHMS = ("lora", "lokr", "full")
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 
@@ -167,8 +166,9 @@ class Projection:
         return Projected({path: module for path in (job.path, job.also) if path})
 
     def _takes(self, path: str) -> bool:
-        """Whether the layout's programs have the algorithm on that kind of layer; if not, the weight
-        becomes a new value. PEFT has LoKr on linear layers and convolutions only, and no LoRA on an
+        """Whether the layout's programs have the algorithm on that kind of layer; if not, the
+        weight becomes a new value. PEFT has LoKr on linear layers and convolutions only, and no
+        LoRA on an
         embedding beside LoRAs with biases (lora_bias is one switch)."""
         stored = self._stored(path)
         if self.wanted.layout.alpha != "config" or stored == "linear":

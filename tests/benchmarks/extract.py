@@ -94,7 +94,10 @@ def extract(quick: bool) -> None:
             print(f"{module:18} {seconds[shape]:12.2f} {ratio:16.4f}", flush=True)
         dense = layers * sum(seconds[shape] for shape in SHAPES.values())
         speed = dense / took.wall
-        print(f"\nextract  {took.wall:8.1f} s wall, {took.cpu:.1f} s cpu, {took.anonymous / 1e6:.0f} MB")
+        print(
+            f"\nextract  {took.wall:8.1f} s wall, {took.cpu:.1f} s cpu, "
+            f"{took.anonymous / 1e6:.0f} MB"
+        )
         print(f"dense    {dense:8.1f} s, scaled from one weight of each of {len(seconds)} shapes")
         print(f"{speed:.0f} times faster (wanted: 20); worst error {worst:.4f} (wanted: 1.01)")
     finally:

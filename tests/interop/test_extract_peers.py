@@ -1,4 +1,4 @@
-"""An extracted adapter in the programs it is for: PEFT and diffusers give the tuned model's outputs."""
+"""An extracted adapter in the programs it is for: PEFT and diffusers give the tuned outputs."""
 
 # transformers, peft and diffusers are typed loosely
 # pyright: reportPrivateImportUsage=false, reportCallIssue=false

@@ -72,7 +72,7 @@ def test_nan_and_inf_are_named(side: str, bad: float) -> None:
     factors = {"up": draw(9, 3), "down": draw(3, 7)}
     factors[side][1, 2] = bad
     with pytest.raises(UsageError, match=rf"{side}: 1 of \d+ values are NaN or Inf"):
-        core_svd(**factors)
+        core_svd(factors["up"], factors["down"])
 
 
 def test_large_finite_values_are_not_taken_for_inf() -> None:

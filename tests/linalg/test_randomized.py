@@ -56,7 +56,9 @@ def test_error_at_a_fixed_rank_is_within_a_percent_of_the_optimum(
     assert found.s.numel() == rank
     assert residual(matrix, found) <= 1.01 * optimum
     claimed = found.error * float(matrix.norm())
-    assert claimed == pytest.approx(residual(matrix, found), rel=1e-2, abs=1e-3 * float(spectrum.norm()))
+    assert claimed == pytest.approx(
+        residual(matrix, found), rel=1e-2, abs=1e-3 * float(spectrum.norm())
+    )
     assert found.total == pytest.approx(float(matrix.double().square().sum()), rel=1e-6)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,7 +116,7 @@ def test_negative_weights_vote_and_add_with_their_sign() -> None:
 @pytest.mark.parametrize("name", [m.name for m in METHODS.values() if isinstance(m, Elementwise)])
 def test_one_adapter_of_weight_one_is_itself(name: str) -> None:
     delta = normal(3, 12, 7)
-    options: dict[str, Number] = {"density": 1.0}
+    options: dict[str, Any] = {"density": 1.0}
     if name.startswith("breadcrumbs"):
         options["gamma"] = 0.0
     torch.testing.assert_close(result(name, [delta], [1.0], **options), delta)

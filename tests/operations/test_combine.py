@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from peftsurgery.errors import UnsupportedError, UsageError
 from peftsurgery.merge_methods import METHODS, Elementwise
 from peftsurgery.operations.combine import combine as operation
 from peftsurgery.operations.strengths import Strength
-from tests.codec.build import write
+from tests.codec.build import read, write
 from tests.codec.parts import Maker
 from tests.merge_methods import dense
 
@@ -135,7 +136,7 @@ def test_one_adapter_is_itself(dtype: torch.dtype, method: str, tmp_path: Path) 
 @pytest.mark.parametrize("name", list(METHODS))
 def test_one_adapter_of_weight_one_is_itself_by_every_method(name: str, tmp_path: Path) -> None:
     source = lora(tmp_path, 6, 4)
-    options = {"density": 1.0} if name in FIXED["density"] else {}
+    options: dict[str, Any] = {"density": 1.0} if name in FIXED["density"] else {}
     if name.startswith("breadcrumbs"):
         options["gamma"] = 0.0
     report = combine([(source, 1.0)], tmp_path / "o.safetensors", method=name, **options)
@@ -167,7 +168,7 @@ def test_opposites_cancel(tmp_path: Path) -> None:
 def test_elementwise_results_are_fitted_and_the_loss_is_told(
     name: str, files: list[Path], tmp_path: Path
 ) -> None:
-    options = {"density": 0.5} if name in FIXED["density"] else {}
+    options: dict[str, Any] = {"density": 0.5} if name in FIXED["density"] else {}
     sources = [(f, 0.7) for f in files]
     report = combine(sources, tmp_path / "lora.safetensors", method=name, rank=6, **options)
     combine(
@@ -290,6 +291,26 @@ def test_fused_and_split_modules_meet(tmp_path: Path) -> None:
         if path in other.modules:
             expected += 2.0 * other.modules[path].delta().double()
         assert gap(found.modules[path].delta(), expected) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["svd", "ties"])
+def test_a_fused_weight_gets_one_rank(method: str, tmp_path: Path) -> None:
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    files = [
+        write(tmp_path / f"{s}.safetensors", Maker(s).lora(name, 3 * 3072, 3072, 2, alpha=2))
+        for s in (1, 2)
+    ]
+    out = tmp_path / "o.safetensors"
+    operation([(f, 0.5) for f in files], out, method=method, rank=3)
+    assert read(out)[f"{name}.lora_down.weight"].shape == (3, 3072)
+    if method == "svd":
+        one, other = (load(f).modules for f in files)
+        found = load(out).modules
+        whole = torch.cat([0.5 * (one[p].delta() + other[p].delta()) for p in one])
+        kept = torch.cat([found[p].delta() for p in one])
+        s = torch.linalg.svdvals(whole @ whole.T[:, :64])  # rank 4: any 64 columns show it
+        assert int((s > 1e-4 * s[0]).sum()) == 4
+        assert int(torch.linalg.matrix_rank(kept[:, :64], rtol=1e-4)) == 3
 
 
 # weights ------------------------------------------------------------------------------------------
@@ -432,7 +453,7 @@ def test_zero_modules(tmp_path: Path) -> None:
     tensors[f"{KEY}.lora_up.weight"].zero_()
     zero = write(tmp_path / "zero.safetensors", tensors)
     for method in METHODS:
-        options = {"density": 0.5} if method in FIXED["density"] else {}
+        options: dict[str, Any] = {"density": 0.5} if method in FIXED["density"] else {}
         out = tmp_path / f"{method}.safetensors"
         combine([(zero, 1.0), (zero, 1.0)], out, method=method, **options)
         assert float(load_adapter(out).modules[HOME].delta().norm()) == 0

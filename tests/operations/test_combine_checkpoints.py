@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -103,7 +104,8 @@ def test_slerp(models: tuple[Path, list[Path]], tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     combine([(files[0], 1.0), (files[1], 3.0)], out, base=base, method="slerp")
     key = "model.layers.0.q_proj.weight"
-    change = dense.slerp(*changes(base, files[:2], key), 0.75)
+    one, other = changes(base, files[:2], key)
+    change = dense.slerp(one, other, 0.75)
     torch.testing.assert_close(load_file(out)[key].double(), load_file(base)[key] + change,
                                rtol=1e-5, atol=2e-6)  # fmt: skip
 
@@ -116,7 +118,7 @@ def test_one_fine_tune_of_weight_one_is_itself(
     origin = state(0, dtype)
     base = write(tmp_path / "base.safetensors", origin)
     one = write(tmp_path / "one.safetensors", tuned(origin, 1))
-    options = {}
+    options: dict[str, Any] = {}
     if isinstance(METHODS[name], Elementwise):
         options["density"] = 1.0
     if name.startswith("breadcrumbs"):
@@ -138,7 +140,7 @@ def test_tiles_and_order_do_not_matter(
     base, files = models
     sources = [(f, 0.5) for f in files[: 2 if name == "slerp" else 3]]
     needed = any(o.name == "density" and o.default is None for o in METHODS[name].options)
-    options = {"density": 0.5} if needed else {}
+    options: dict[str, Any] = {"density": 0.5} if needed else {}
     combine(sources, tmp_path / "a.safetensors", base=base, method=name, **options)
     original = combine_tensors.Stack
 

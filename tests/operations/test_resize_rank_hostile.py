@@ -31,7 +31,8 @@ def lora(up: torch.Tensor, down: torch.Tensor, alpha: float | None = None) -> di
 def resized(tensors: dict, tmp_path: Path, rank: str | int = 2, **options: object):
     source = write(tmp_path / "in.safetensors", tensors)
     out = tmp_path / "o.safetensors"
-    report = resize_rank(source, out, rank=rank, architecture="sd1", **options)
+    settings: dict = {"rank": rank, "architecture": "sd1", **options}
+    report = resize_rank(source, out, **settings)
     return report, load_adapter(out, architecture="sd1").modules[HOME]
 
 

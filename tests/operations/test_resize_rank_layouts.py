@@ -160,7 +160,7 @@ def test_a_peft_folder_gets_exact_patterns(tmp_path: Path) -> None:
     save_adapter(Adapter(modules, "llm"), tmp_path / "in", layout="peft")
     report = resize_rank(tmp_path / "in", tmp_path / "out", rank="energy:0.9")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    ranks = {str(r["module"]): r["rank"] for r in report.modules}
+    ranks = {str(r["module"]): int(r["rank"] or 0) for r in report.modules}
     assert len(set(ranks.values())) > 1
     found = load_adapter(tmp_path / "out").modules
     assert {p: m.rank for p, m in found.items()} == ranks
