@@ -93,18 +93,18 @@ class Renderer:
     def tile(
         self, start: int, stop: int, out: Tensor | None = None, *, sample: int = 1
     ) -> tuple[Tensor, Survival]:
-        """Rows [start, stop) rounded to the output dtype, and what survived in all of them, or in
-        the first of every `sample` rows. out: memory for the rows. Raises CheckFailed on NaN, Inf
-        and values that do not fit the dtype.
+        """Rows [start, stop) rounded to the output dtype, and what survived, estimated from one in
+        `sample` rows. out: memory for the rows. Raises CheckFailed on NaN, Inf and values that do
+        not fit the dtype.
         """
         exact = self._exact(start, stop)
         written = self._round(exact, start, out)
         if not _bounded(exact, torch.finfo(self.dtype).max):
             raise CheckFailed(self._why_not_finite(exact, self.before(start, stop)))
-        rows = -(-(stop - start) // sample)
-        before = self.before(start, start + rows)
+        before = self.before(start, stop, sample)
         room = (self._scratch.take(2, *before.shape), self._scratch.take(3, *before.shape))
-        survival = survival_of(exact[:rows], before, written[:rows], room)
+        survival = survival_of(exact[::sample], before, written[::sample], room)
+        survival.scale((stop - start) / before.shape[0])
         if not (math.isfinite(survival.kept) and math.isfinite(survival.total)):
             raise CheckFailed(self._why_not_finite(exact, self.before(start, stop)))
         return written, survival
@@ -119,12 +119,12 @@ class Renderer:
         """
         return self._exact(start, stop), self.before(start, stop)
 
-    def before(self, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of the base in fp32; the next call reuses the memory."""
+    def before(self, start: int, stop: int, step: int = 1) -> Tensor:
+        """Rows start:stop:step of the base in fp32; the next call reuses the memory."""
         if self.base is not None:
-            return self.base[start:stop]
-        before = self._scratch.take(1, stop - start, self.target.columns)
-        return before.copy_(self._stored[start:stop])
+            return self.base[start:stop:step]
+        rows = self._stored[start:stop:step]
+        return self._scratch.take(1, *rows.shape).copy_(rows)
 
     def _exact(self, start: int, stop: int) -> Tensor:
         if self.whole is not None:
@@ -337,6 +337,14 @@ def _bias_operation(module: WeightAdapter, t: float) -> RowOperation:
             out.addcmul_(out, step[a:b].reshape(out.shape))
 
         return multiply
+    if module.maps_bias:
+
+        def mapped(out: Tensor, a: int, b: int) -> None:
+            found = _restricted(module, a, b).merged_bias(out.reshape(-1), t)
+            assert found is not None
+            out.copy_(found.detach().reshape(out.shape))
+
+        return mapped
     assert module.bias is not None
     bias, value = module.bias.detach().float(), module.bias_is_value
 

@@ -15,7 +15,7 @@ from peftsurgery.operations.plan import Target
 from peftsurgery.operations.rounding import Survival
 from peftsurgery.operations.staging import workers
 
-SAMPLE = 16  # of larger merges survival is measured on the first of so many rows of each tile
+SAMPLE = 16  # of larger merges survival is estimated from one in so many rows
 AHEAD = 4  # tiles per thread that are under way or wait for the disk
 
 

@@ -28,6 +28,12 @@ class Survival:
         self.total += other.total
         self.error += other.error
 
+    def scale(self, factor: float) -> None:
+        """The sums over `factor` times as many elements of the same kind."""
+        self.kept *= factor
+        self.total *= factor
+        self.error *= factor
+
 
 def survival_of(
     exact: Tensor, before: Tensor, written: Tensor, room: tuple[Tensor, Tensor] | None = None

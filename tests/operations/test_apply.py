@@ -149,3 +149,17 @@ def test_an_error_in_the_pipeline_reaches_the_reader(tmp_path: Path) -> None:
     target = target_of(tmp_path, random(15)(*SHAPE), [edit(bad, 1.0)])
     with Pipeline([target], Settings()) as pipeline, pytest.raises(Exception, match="NaN or Inf"):
         list(pipeline.chunks("w"))
+
+
+def test_survival_of_a_sample_estimates_the_whole(tmp_path: Path) -> None:
+    n = random(8)
+    weight, lora = n(320, 64).bfloat16(), LoRA(n(320, 4), n(4, 64), scale=0.001)
+    target = target_of(tmp_path, weight, [edit(lora, 1.0, 0, 320)])
+    renderer = Renderer(target, Settings())
+    _, exact = renderer.tile(0, 320)
+    written, sampled = renderer.tile(0, 320, sample=16)
+    assert torch.equal(written, renderer.tile(0, 320)[0])
+    assert exact.total < lora.delta().square().sum() * 1.01
+    assert sampled.total == pytest.approx(exact.total, rel=0.5)
+    assert sampled.share == pytest.approx(exact.share, abs=0.1)
+    assert sampled.total != exact.total
