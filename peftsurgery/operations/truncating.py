@@ -226,13 +226,13 @@ def _rounded(subject: Subject, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor
         return up, down, 1.0
     tolerance = ROUNDING * torch.finfo(subject.dtype).eps
     low = up.to(subject.dtype), down.to(subject.dtype)
-    if _lost(up, down, *low, 1.0) <= tolerance:
+    if _lost(up, down, *low) <= tolerance:
         return (*low, 1.0)
     powers = [-math.frexp(float(t.abs().max()))[1] for t in (up, down)]
     raised = [torch.ldexp(t, torch.tensor(p)) for t, p in zip((up, down), powers, strict=True)]
     low = raised[0].to(subject.dtype), raised[1].to(subject.dtype)
     shift = math.ldexp(1.0, -sum(powers))
-    lost = _lost(up, down, *low, shift)
+    lost = _lost(*raised, *low)
     if not lost <= tolerance:
         raise CheckFailed(
             f"{subject.path}: {subject.dtype} factors of ΔW would be off by {lost:.3g} of it. "
@@ -241,9 +241,21 @@ def _rounded(subject: Subject, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor
     return (*low, shift)
 
 
-def _lost(up: Tensor, down: Tensor, low_up: Tensor, low_down: Tensor, shift: float) -> float:
-    """NaN where something overflowed."""
-    return difference(LoRA(up, down), LoRA(low_up.float() * shift, low_down.float()))
+def _lost(up: Tensor, down: Tensor, low_up: Tensor, low_down: Tensor) -> float:
+    """An upper bound of ||up down - low_up low_down||_F / ||up down||_F for factors whose
+    columns, and rows, are orthogonal: with e and f the errors of column i and row i, the three
+    terms of the difference are at most sqrt(Σ ||e||² ||down_i||²), sqrt(Σ ||up_i||² ||f||²) and
+    Σ ||e|| ||f||. NaN or Inf where something overflowed.
+    """
+    columns, rows = torch.linalg.vector_norm(up, dim=0), torch.linalg.vector_norm(down, dim=1)
+    columns, rows = columns.double(), rows.double()
+    e = torch.linalg.vector_norm(up - low_up.float(), dim=0)
+    f = torch.linalg.vector_norm(down - low_down.float(), dim=1)
+    total = torch.linalg.vector_norm(columns * rows)
+    terms = (
+        torch.linalg.vector_norm(e * rows) + torch.linalg.vector_norm(columns * f) + (e * f).sum()
+    )
+    return float(terms / total) if bool(total != 0) else float(terms)
 
 
 def _columns(matrix: Tensor, wanted: int | None) -> Tensor:
