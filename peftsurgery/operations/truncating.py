@@ -100,8 +100,9 @@ def resize(
     them.
     """
     product = _on(subject.product, device)
+    factors = product.factors() if isinstance(product, LoRA) else None
     try:
-        cut = _cut(subject, product, rule, device)
+        cut = _cut(subject, product, factors, rule, device)
     except UsageError as error:
         raise UsageError(f"{subject.path}: {error}") from error
     old, square = subject.module.rank, float(cut.values.square().sum())
@@ -112,7 +113,7 @@ def resize(
         return Resized(same, old, max(old, pad or 0), norm, 1.0, 0.0, 0.0, weighted)
     root = cut.s.sqrt()
     up, down, shift = _rounded(subject, (cut.u * root).cpu(), (root[:, None] * cut.vh).cpu())
-    gap = _measured(product, up.to(device), down.to(device), shift, square)
+    gap = _measured(product, factors, up.to(device), down.to(device), shift, square)
     tail = math.sqrt(cut.tail / square) if square else 0.0
     if not gap <= tail + ROUNDING * torch.finfo(subject.dtype).eps + RESOLUTION:
         raise CheckFailed(
@@ -156,10 +157,16 @@ class Cut:
         return max(float(self.values.square().sum() - self.s.double().square().sum()), 0.0)
 
 
-def _cut(subject: Subject, product: WeightAdapter, rule: Chooser, device: str) -> Cut:
+def _cut(
+    subject: Subject,
+    product: WeightAdapter,
+    factors: tuple[Tensor, Tensor] | None,
+    rule: Chooser,
+    device: str,
+) -> Cut:
     seen = Seen(rule)
     if subject.gram is None:
-        u, s, vh = product.svd(seen)
+        u, s, vh = product.svd(seen) if factors is None else core_svd(*factors, seen)
         return Cut(u, s, vh, seen.spectrum, None)
     up, down = _factors(product)
     left, right, values = weighted_core(up, down, _gram(subject, device), seen)
@@ -205,12 +212,16 @@ def _spectral(product: WeightAdapter, cut: Cut) -> float:
 
 
 def _measured(
-    product: WeightAdapter, up: Tensor, down: Tensor, shift: float, square: float
+    product: WeightAdapter,
+    factors: tuple[Tensor, Tensor] | None,
+    up: Tensor,
+    down: Tensor,
+    shift: float,
+    square: float,
 ) -> float:
     """||product - up @ down · shift||_F / ||product||_F of the numbers that will be written."""
     if square == 0:
         return 0.0
-    factors = product.factors() if isinstance(product, LoRA) else None
     if factors is not None:
         return truncation_gap(square, *factors, up.float() * shift, down) / math.sqrt(square)
     return difference(product, LoRA(up, down, scale=shift))
