@@ -3,7 +3,7 @@
 from .budget import Budget, allocate
 from .factorizations import factorization
 from .norms import low_rank_difference_norm, low_rank_norm, truncation_gap
-from .rank_rules import Chooser, RankRule, kohya_rank, noise_floor
+from .rank_rules import Chooser, RankRule, Seen, kohya_rank, noise_floor
 from .rotations import (
     butterfly,
     cayley,
@@ -22,6 +22,7 @@ __all__ = [
     "Budget",
     "Chooser",
     "RankRule",
+    "Seen",
     "Triplet",
     "allocate",
     "butterfly",

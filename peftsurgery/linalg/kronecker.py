@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from .krylov import RowTiles
 from .norms import low_rank_norm
-from .randomized import RowTiles
 
 BLOCK = 4  # vectors iterated together
 GAIN = 1e-4  # of the remaining energy; a step that gains less is the last one

@@ -8,8 +8,18 @@ import torch
 from torch import Tensor
 
 
-def low_rank_norm(up: Tensor, down: Tensor) -> float:
-    """||up @ down||_F = sqrt(Σ (upᵀup) ⊙ (down downᵀ)), fp64."""
+def low_rank_norm(up: Tensor, down: Tensor, *, rough: bool = False) -> float:
+    """||up @ down||_F = sqrt(Σ (upᵀup) ⊙ (down downᵀ)), fp64.
+
+    rough: the Gram matrices in fp32, enough for five digits unless the terms cancel.
+    """
+    if rough:
+        u, v = up.float(), down.float()
+        left, right = u.T @ u, v @ v.T
+        square = float((left * right).sum(dtype=torch.float64))
+        terms = float((left.diagonal() * right.diagonal()).sum(dtype=torch.float64))
+        if square > 0.1 * terms:
+            return math.sqrt(square)
     u, v = up.double(), down.double()
     return math.sqrt(max(float(((u.T @ u) * (v @ v.T)).sum()), 0.0))
 

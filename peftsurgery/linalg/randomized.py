@@ -1,43 +1,35 @@
 """Leading singular triplets of a matrix that is only ever seen in row tiles.
 
-Halko, Martinsson, Tropp 2011, arXiv 0909.4061 (randomized range finder with power iterations),
-with the right basis kept and the passes stopped by what they still gain.
+By a block Krylov space (`krylov`) where the rank is small beside the sides, by the Gram matrix of
+the shorter side in fp64 otherwise.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ..errors import UsageError
+from .krylov import KrylovSpace, RowTiles, require_finite, square
 from .rank_rules import RankRule
 from .svd import core_svd, dense_svd
 
-OVERSAMPLING = 16  # columns of the sketch beyond the rank, at least
-FIRST_SKETCH = 32  # rank tried first when a rule does not name one
-DENSE_SHARE = 0.6  # of the shorter side: a wider sketch costs more than the dense SVD
+OVERSAMPLING = 8  # columns of a block beyond the rank
+LEAST_WIDTH = 24  # columns of a block: with fewer, reading M costs more than the products
+FIRST_RANK = 32  # tried first when a rule does not name one
+DENSE_SHARE = 0.75  # of the shorter side: a wider space costs more than the Gram matrix
 DENSE_SIDE = 96  # and below this side too
-GAIN = 2.5e-2  # of the remaining energy; a pass that gains less is the last one
-ROUNDING = 1e-6  # of the whole energy: what fp32 sums cannot tell
-MOST_PASSES = 6
-
-
-class RowTiles(Protocol):
-    """A matrix (o, n) that can be read as often as needed, a few rows at a time."""
-
-    @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """(o, n)."""
-        ...
-
-    def tiles(self) -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows (rows, n) in fp32), in order, without gaps."""
-        ...
+BOUND = 1.004  # times the smallest possible error; the last step is the first one to prove it
+FEWEST_STEPS = 3  # (MᵀM)² X: before that, directions outside may be larger than those found
+MOST_STEPS = 12
+ROUNDING = 5e-7  # of σ_1²: a residual that fp32 products cannot tell from zero
+NOTHING = 1e-12  # of ||M||²: products of factors in fp32 leave less
+UNSEEN = 3e-7  # of ||M||²: energy that fp32 products cannot tell from zero
+STRIPE = 512  # columns taken to fp64 at a time
+EXACT = 1 << 18  # elements up to which LAPACK's SVD in fp64 costs nothing
 
 
 @dataclass(frozen=True)
@@ -63,7 +55,8 @@ class Truncated:
     """U diag(S) Vh, the best found approximation of M, with exact sums of squares.
 
     U (o, k), S (k,) descending, Vh (k, n) in fp32. `total` is ||M||_F², `kept` is Σ S², and since
-    U diag(S) = M Vhᵀ the squared error ||M - U S Vh||_F² is their difference.
+    U diag(S) = M Vhᵀ the squared error ||M - U S Vh||_F² is their difference. `bound`: the error is
+    at most that many times the smallest one of rank k; see `randomized_svd`.
     """
 
     u: Tensor
@@ -71,6 +64,7 @@ class Truncated:
     vh: Tensor
     total: float
     kept: float
+    bound: float = 1.0
 
     @property
     def energy(self) -> float:
@@ -82,139 +76,146 @@ class Truncated:
         """||M - U S Vh||_F / ||M||_F."""
         return math.sqrt(max(1 - self.energy, 0.0))
 
+    def transposed(self) -> Truncated:
+        """That of Mᵀ."""
+        return replace(self, u=self.vh.T, vh=self.u.T)
+
 
 def randomized_svd(
     source: RowTiles, rule: RankRule | str | int, *, seed: int = 0, dense: bool | None = None
 ) -> Truncated:
     """The smallest rank that meets `rule`, and the triplets of that rank.
 
-        X ← orth(Mᵀ Ψ),  X ← orth(Mᵀ M X) until ||M X||_F² stops growing,  M X = U S Wᵀ,  Vh = (X
-                         W)ᵀ
+    The Ritz values θ of MᵀM in the Krylov space of q = k + 8 random columns grow until
 
-    M is read row tile by row tile, once per product with Mᵀ M; besides one tile there are only
-    X (n, q) and M X (o, q) with q = rank + oversampling. ||M||_F² is summed on the way, so the
-    energy kept is exact and not an estimate. A rule about energy starts with a narrow sketch and
-    widens it, the basis found so far being kept. Rules about the whole spectrum (cumulative,
-    noise), ranks near the shorter side and small matrices take the dense SVD (`dense` True forces
-    it, False forbids it), which holds M once in fp32.
+        (||M||² - Σ_{i<=k} θ_i) / (||M||² - Σ_{i<=k} θ_i - e) <= 1.004²,   e: `KrylovSpace.excess`,
+
+    which bounds the squared error by that of the best approximation: ||M||² - Σθ is the error's
+    square exactly, and e is what it can lack at most. Where fp32 sums cannot tell the numerator
+    from 0, Σ_{i>k} θ_i takes its place, or the residual has to be rounding. At least
+    `FEWEST_STEPS`, at most `MOST_STEPS` blocks; `bound` tells what was reached.
+
+    M is read row tile by row tile, once for each block; besides one tile there are X (n, d) and M X
+    (o, d) with d = q times the blocks, three of them as a rule. A rule about energy starts with
+    a narrow block and adds random columns until there are as many as the rank.
+
+    Rules about the whole spectrum (cumulative, noise), ranks near the shorter side and small
+    matrices take the Gram matrix of the shorter side in fp64 (`dense` True forces it, False forbids
+    it): exact to fp32 and bound 1; singular values below 1e-8 of the largest are rounding. It holds
+    min(o, n)² numbers in fp64, and M itself in fp32 where o < n.
 
     UsageError when M holds NaN or Inf.
     """
     rule = RankRule.parse(rule)
-    rows, columns = source.matrix_shape
-    shorter = min(rows, columns)
+    shorter = min(source.matrix_shape)
     whole_spectrum = not rule.criteria and rule.cap is None
     whole_spectrum |= any(name in ("cumulative", "noise") for name, _ in rule.criteria)
-    goal = rule.fixed or max(FIRST_SKETCH, rule.floor)
+    goal = rule.fixed or max(FIRST_RANK, rule.floor)
     if rule.fixed is None and rule.cap is not None:
-        # below the cap, a sketch as wide as the cap answers every rule at once
-        goal = rule.cap if rule.cap <= 4 * FIRST_SKETCH or not rule.criteria else goal
+        # below the cap, a block as wide as the cap answers every rule at once
+        goal = rule.cap if rule.cap <= 4 * FIRST_RANK or not rule.criteria else goal
         goal = min(goal, rule.cap)
-    basis: Tensor | None = None
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        width = goal + max(OVERSAMPLING, goal // 4)
-        small = shorter <= DENSE_SIDE or width > DENSE_SHARE * shorter or whole_spectrum
-        if dense or (dense is None and small):
+    width = max(goal + OVERSAMPLING, LEAST_WIDTH)
+    widest = DENSE_SHARE * shorter
+    small = shorter <= DENSE_SIDE or FEWEST_STEPS * width > widest or whole_spectrum
+    if dense or (dense is None and small):
+        return _dense(source, rule)
+    space = KrylovSpace(source, min(width, shorter), torch.Generator().manual_seed(seed))
+    since = 0  # steps since random columns came in
+    for _ in range(MOST_STEPS):
+        space.step()
+        since += 1
+        complete = space.dimension >= source.matrix_shape[1] or space.total == 0
+        k = min(_choose(rule, space, shorter), space.dimension)
+        answered = k <= space.random or space.random >= (rule.cap or shorter)
+        if complete or (answered and _finished(space, k, since)):
+            break
+        more = 0
+        if not answered and (since >= FEWEST_STEPS or space.exhausted):
+            more, since = min(k + OVERSAMPLING - space.random, 2 * space.dimension), 0
+        if dense is None and space.dimension + more > widest - width:
             return _dense(source, rule)
-        width = min(width, shorter)
-        basis, total = _basis(source, width, goal, basis, generator)
-        u, s, vh = core_svd(_product(source, basis), basis.T)
-        kept = s.double().square()
-        wanted = _choose(rule, kept, total, shorter)
-        final = width == shorter or (rule.cap is not None and goal >= rule.cap)
-        if wanted <= goal or final:
-            k = min(wanted, s.numel())
-            return Truncated(u[:, :k], s[:k], vh[:k], total, float(kept[:k].sum()))
-        goal = min(max(2 * goal, min(wanted, 4 * goal)), rule.cap or shorter)
+        space.grow(more)
+    image, basis = space.leading(k)
+    u, s, vh = core_svd(image, basis.T)
+    kept = float(s.double().square().sum())
+    return Truncated(u, s, vh, space.total, kept, 1.0 if complete else _bound(space, k))
 
 
-def _choose(rule: RankRule, kept: Tensor, total: float, length: int) -> int:
-    """The rank a rule asks for; what lies outside the sketch counts as spread evenly, which is the
-    most it can cost."""
-    rest = length - kept.numel()
-    missing = max(total - float(kept.sum()), 0.0)
-    spread = [] if rest == 0 else [torch.full((rest,), missing / rest, dtype=kept.dtype)]
-    return rule.choose(torch.cat([kept, *spread]).sqrt())
+def _finished(space: KrylovSpace, k: int, since: int) -> bool:
+    if space.exhausted:
+        return True
+    if since < FEWEST_STEPS:  # of an exact rank nothing is left after two
+        return since > 1 and float(space.values[k:].sum()) <= NOTHING * space.total
+    return _bound(space, k) <= BOUND or space.residual(k) <= ROUNDING * float(space.values[0])
+
+
+def _bound(space: KrylovSpace, k: int) -> float:
+    """Error over smallest possible error of rank k, at most; see `randomized_svd`."""
+    excess = space.excess(k)
+    missing = space.total - float(space.values[:k].sum())
+    least = max(missing - excess, float(space.values[k:].sum()))
+    return math.sqrt(1 + excess / least) if least > 0 else (1.0 if excess == 0 else math.inf)
+
+
+def _choose(rule: RankRule, space: KrylovSpace, length: int) -> int:
+    """The rank a rule asks for; what lies outside the space counts as spread evenly, which is the
+    most it can cost, and as nothing where it is rounding."""
+    kept, rest = space.values, length - space.dimension
+    missing = space.total - float(kept.sum())
+    if rest <= 0 or missing <= UNSEEN * space.total:
+        return rule.choose(kept.sqrt()) if kept.numel() else 1
+    spread = torch.full((rest,), missing / rest, dtype=kept.dtype)
+    return rule.choose(torch.cat([kept, spread]).sqrt())
 
 
 def _dense(source: RowTiles, rule: RankRule) -> Truncated:
-    matrix = torch.empty(source.matrix_shape)
-    for start, tile in source.tiles():
-        matrix[start : start + tile.shape[0]] = tile
-    _finite(matrix)
-    u, s, vh = dense_svd(matrix)
-    squares = s.double().square()
-    total = square(matrix)
-    k = rule.choose(s, source.matrix_shape)
-    kept = total if k == s.numel() else float(squares[:k].sum())
-    return Truncated(u[:, :k], s[:k], vh[:k], total, kept)
-
-
-def _basis(
-    source: RowTiles, width: int, goal: int, known: Tensor | None, generator: torch.Generator
-) -> tuple[Tensor, float]:
-    """X (n, width) with orthonormal columns that hold the leading right singular vectors, and
-    ||M||²."""
-    columns = source.matrix_shape[1]
-    fresh = width if known is None else width - known.shape[1]
-    sketch = torch.zeros(columns, fresh)
-    total = 0.0
+    """From the eigenvectors of M Mᵀ or MᵀM, whichever is smaller, in fp64; small ones by LAPACK."""
+    rows, columns = source.matrix_shape
+    if rows < columns or rows * columns <= EXACT:
+        matrix = torch.empty(rows, columns)
+        for start, tile in source.tiles():
+            matrix[start : start + tile.shape[0]] = tile
+        require_finite(matrix)
+        total = square(matrix)
+        if rows * columns <= EXACT:
+            u, s, vh = dense_svd(matrix)
+            k = rule.choose(s, (rows, columns))
+            kept = total if k == s.numel() else float(s[:k].double().square().sum())
+            return Truncated(u[:, :k], s[:k], vh[:k], total, kept)
+        gram = torch.zeros(rows, rows, dtype=torch.float64)
+        for start in range(0, columns, STRIPE):
+            part = matrix[:, start : start + STRIPE].double()
+            gram.addmm_(part, part.T)
+        u = _eigenvectors(gram, rule, (rows, columns))
+        return _from_one_side((u.T @ matrix).T, u, total, rows).transposed()
+    gram, total = torch.zeros(columns, columns, dtype=torch.float64), 0.0
     for start, tile in source.tiles():
         part = square(tile)
         if not math.isfinite(part):
-            _finite(tile, start)
+            require_finite(tile, start)
         total += part
-        random = torch.randn(tile.shape[0], fresh, generator=generator)
-        sketch.addmm_(tile.T, random)
-    size = math.sqrt(total) or 1.0
-    sketch /= torch.linalg.vector_norm(sketch, dim=0).clamp_min(torch.finfo(torch.float32).tiny)
-    if total == 0:
-        sketch = torch.randn(columns, fresh, generator=generator)
-    basis = torch.linalg.qr(sketch if known is None else torch.cat([known, sketch], 1)).Q
-    before = 0.0
-    for _ in range(MOST_PASSES if total > 0 else 0):
-        image = torch.zeros(columns, width)
-        for _, tile in source.tiles():
-            image.addmm_(tile.T, (tile @ basis).div_(size))
-        image /= size
-        # Xᵀ Mᵀ M X / ||M||²: its eigenvalues are the shares of energy of the Ritz vectors
-        shares, turn = torch.linalg.eigh((basis.T @ image).double())
-        image = image @ turn.flip(1).float()
-        norms = torch.linalg.vector_norm(image, dim=0)
-        image /= norms.clamp_min(torch.finfo(torch.float32).tiny)
-        lost = norms <= torch.finfo(torch.float32).tiny
-        if bool(lost.any()):
-            image[:, lost] = torch.randn(columns, int(lost.sum()), generator=generator)
-        basis = torch.linalg.qr(image).Q
-        found = float(shares.flip(0)[:goal].sum())
-        if found - before <= max(GAIN * (1 - found), ROUNDING):
-            break
-        before = found
-    return basis, total
-
-
-def square(tile: Tensor) -> float:
-    """||tile||_F² to about 1e-7: norms of rows in fp32, where their squares are in its range,
-    summed in fp64."""
-    norms = torch.linalg.vector_norm(tile.flatten(1), dim=1)
-    if not 1e-12 < float(norms.max()) < 1e18:
-        norms = torch.linalg.vector_norm(tile.flatten(1), dim=1, dtype=torch.float64)
-    return float(norms.double().square().sum())
-
-
-def _product(source: RowTiles, basis: Tensor) -> Tensor:
-    """M X (o, q)."""
-    product = torch.empty(source.matrix_shape[0], basis.shape[1])
+        wide = tile.double()
+        gram.addmm_(wide.T, wide)
+    v = _eigenvectors(gram, rule, (rows, columns))
+    image = torch.empty(rows, v.shape[1])
     for start, tile in source.tiles():
-        torch.mm(tile, basis, out=product[start : start + tile.shape[0]])
-    return product
+        torch.mm(tile, v, out=image[start : start + tile.shape[0]])
+    return _from_one_side(image, v, total, columns)
 
 
-def _finite(tile: Tensor, start: int = 0) -> None:
-    bad = (~torch.isfinite(tile)).any(1).nonzero().flatten()
-    count = int((~torch.isfinite(tile)).sum())
-    if count:
-        raise UsageError(
-            f"{count} values are NaN or Inf, first in row {start + int(bad[0])}; no SVD is defined."
-        )
+def _eigenvectors(gram: Tensor, rule: RankRule, shape: tuple[int, int]) -> Tensor:
+    """As many leading ones as the rule asks for."""
+    values, vectors = torch.linalg.eigh(gram)
+    k = rule.choose(values.clamp_min(0).sqrt().flip(0), shape)
+    return vectors[:, -k:].flip(1).float()
+
+
+def _from_one_side(image: Tensor, v: Tensor, total: float, whole: int) -> Truncated:
+    """M V and V as U, S, Vh."""
+    s = torch.linalg.vector_norm(image, dim=0, dtype=torch.float64)
+    s, order = s.sort(descending=True, stable=True)
+    kept = total if s.numel() == whole else float(s.square().sum())
+    s = s.float()
+    u = image[:, order] / s.clamp_min(torch.finfo(torch.float32).tiny)
+    return Truncated(u, s, v[:, order].T, total, kept)

@@ -24,6 +24,19 @@ class Chooser(Protocol):
         ...
 
 
+class Seen:
+    """A rule that remembers the spectrum it was shown."""
+
+    def __init__(self, rule: Chooser | None = None) -> None:
+        self.rule = rule
+        self.spectrum = torch.zeros(1, dtype=torch.float64)
+
+    def choose(self, singular_values: Tensor, shape: Shape | None = None) -> int:
+        """The rule's answer; 1 without a rule."""
+        self.spectrum = singular_values.double().cpu()
+        return 1 if self.rule is None else self.rule.choose(self.spectrum, shape)
+
+
 @dataclass(frozen=True)
 class RankRule:
     """How many singular values σ_1 >= σ_2 >= … to keep: the smallest k that meets every criterion,

@@ -12,10 +12,25 @@ from torch import Tensor
 
 def skew_from_vector(vector: Tensor, size: int) -> Tensor:
     """(n, b(b-1)/2) -> S (n, b, b) with S = -Sᵀ; the vector is the upper triangle, row by row."""
-    rows, columns = torch.triu_indices(size, size, 1, device=vector.device)
+    places = _upper_places(size, vector.device)
     upper = vector.new_zeros(vector.shape[0], size * size)
-    upper = upper.index_copy(1, rows * size + columns, vector).unflatten(1, (size, size))
+    upper = upper.index_copy(1, places, vector).view(-1, size, size)
     return upper - upper.mT
+
+
+_places: dict[tuple[int, torch.device], Tensor] = {}
+
+
+def _upper_places(size: int, device: torch.device) -> Tensor:
+    """Places of the upper triangle in a flattened (size, size) matrix, row by row; kept from call
+    to call where an ordinary tensor comes out."""
+    if torch.compiler.is_compiling() or (size, device) not in _places:
+        rows, columns = torch.triu_indices(size, size, 1, device=device)
+        found = rows * size + columns
+        if type(found) is Tensor and not found.is_inference() and len(_places) < 64:
+            _places[size, device] = found
+        return found
+    return _places[size, device]
 
 
 def skew_part(blocks: Tensor) -> Tensor:
@@ -24,9 +39,12 @@ def skew_part(blocks: Tensor) -> Tensor:
 
 
 def cayley(skew: Tensor) -> Tensor:
-    """(I + S) (I - S)⁻¹, orthogonal for S = -Sᵀ, by one solve. Its transpose is cayley(-S)."""
+    """(I + S) (I - S)⁻¹ = 2 (I - S)⁻¹ - I, orthogonal for S = -Sᵀ. Its transpose is cayley(-S).
+
+    The inverse always exists: the eigenvalues of I - S are 1 plus something imaginary.
+    """
     eye = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
-    return torch.linalg.solve(eye - skew, eye + skew)  # the two commute
+    return 2 * torch.linalg.inv_ex(eye - skew).inverse - eye
 
 
 def cayley_neumann(skew: Tensor, terms: int, *, half_last: bool = True) -> Tensor:
@@ -35,18 +53,16 @@ def cayley_neumann(skew: Tensor, terms: int, *, half_last: bool = True) -> Tenso
     PEFT's `terms` (tuners/oft/layer.py): 1 is I, 2 is I + 2S; from 3 on, since 0.18, the last power
     is S^max(terms - 1, 3) with weight 1 (`half_last`); before, S^(terms - 1) with weight 2.
     """
-    total = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device).expand_as(skew)
+    eye = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device).expand_as(skew)
     if terms < 2:
-        return total
-    power = skew
-    total = total + 2 * power
+        return eye
     if terms == 2:
-        return total
+        return eye + 2 * skew
     last = max(terms - 1, 3) if half_last else terms - 1
-    for exponent in range(2, last + 1):
-        power = power @ skew
-        total = total + power * (1 if half_last and exponent == last else 2)
-    return total
+    inner = skew if half_last else 2 * skew  # Horner's rule: I + S (2I + S (2I + … ))
+    for _ in range(last - 1):
+        inner = torch.baddbmm(2 * skew, skew, inner)
+    return inner + eye
 
 
 def within_norm(skew: Tensor, limit: float, *, each: bool) -> Tensor:
@@ -63,7 +79,8 @@ def within_norm(skew: Tensor, limit: float, *, each: bool) -> Tensor:
 def turn(x: Tensor, blocks: Tensor) -> Tensor:
     """D x along the last dimension: x (…, n·b), blocks (n, b, b)."""
     n, b, _ = blocks.shape
-    return torch.einsum("...nb,ncb->...nc", x.unflatten(-1, (n, b)), blocks).flatten(-2)
+    columns = x.reshape(-1, n, b).transpose(0, 1)
+    return torch.bmm(columns, blocks.mT).transpose(0, 1).reshape(x.shape)
 
 
 def chunk_order(size: int, block: int, stage: int, device: torch.device) -> Tensor:
@@ -90,9 +107,13 @@ def butterfly(x: Tensor, blocks: Tensor, *, chunks: bool, inverse: bool = False)
     order = chunk_order if chunks else element_order
     stages = range(blocks.shape[0])
     for k in reversed(stages) if inverse else stages:
+        block = blocks[k].mT if inverse else blocks[k]
+        if chunks and k == 0:  # halves of blocks that are neighbours already
+            x = turn(x, block)
+            continue
         index = order(x.shape[-1], blocks.shape[-1], k, x.device)
         back = torch.argsort(index)
-        x = turn(x[..., index], blocks[k].mT if inverse else blocks[k])[..., back]
+        x = turn(x[..., index], block)[..., back]
     return x
 
 
@@ -135,6 +156,5 @@ def householder(
     core = torch.triu(u.T @ u, 1) + 0.5 * torch.eye(u.shape[1], dtype=u.dtype, device=u.device)
     if inverse:
         core = core.T
-    flat = inner.reshape(-1, u.shape[1])
-    solved = torch.linalg.solve_triangular(core, flat, upper=not inverse, left=False)
-    return x - solved.reshape(inner.shape) @ u.T
+    outer = torch.linalg.solve_triangular(core, u.T, upper=not inverse)
+    return x - inner @ outer

@@ -12,7 +12,7 @@ from torch import Tensor
 from peftsurgery.algorithms import IA3, Common, Full, LoKr, LoRA, WeightAdapter, difference, norm
 from peftsurgery.algorithms.slots import widest
 from peftsurgery.errors import CannotFit, CheckFailed, UnsupportedError, UsageError
-from peftsurgery.linalg import RankRule, core_svd, low_rank_norm
+from peftsurgery.linalg import RankRule, Seen, core_svd, low_rank_norm
 from peftsurgery.linalg.randomized import DenseTiles, randomized_svd
 from peftsurgery.merge_methods import (
     METHODS,
@@ -24,6 +24,8 @@ from peftsurgery.merge_methods import (
     Spectral,
 )
 from peftsurgery.operations.deltas import Deltas, Entry, length
+
+ABOVE_ROUNDING = RankRule((("ratio", 1 / torch.finfo(torch.float32).eps),))
 
 
 @dataclass(frozen=True)
@@ -173,22 +175,20 @@ def _from_factors(
     approximation (`core_svd`).
     """
     left, right = pair
-    size = low_rank_norm(left, right)
     rule = plan.rank
     if rule is None and plan.method.name == "svd":
         rule = RankRule.parse(max(_rank(entry.module) for entry in deltas.entries))
     if rule is None and left.shape[1] < min(left.shape[0], right.shape[1]):
+        size = low_rank_norm(left, right, rough=True)
         if left.dtype == torch.float64:
             left, right = _balanced(left, right)
         return _lora(left, right, shape, common), 0.0, size
-    u, s, vh = core_svd(left, right, rule)
-    if rule is None:
-        keep = max(1, int((s > torch.finfo(torch.float32).eps * s[0]).sum()))
-        u, s, vh = u[:, :keep], s[:keep], vh[:keep]
-    kept = float(s.double().square().sum())
-    loss = math.sqrt(max(1 - kept / size**2, 0.0)) if size > 0 else 0.0
+    seen = Seen(rule or ABOVE_ROUNDING)
+    u, s, vh = core_svd(left, right, seen)
+    squares = seen.spectrum.square()
+    size, tail = math.sqrt(float(squares.sum())), float(squares[s.numel() :].sum())
+    loss = math.sqrt(tail) / size if rule is not None and size > 0 else 0.0
     root = s.sqrt()
-    loss = loss if s.numel() < min(left.shape[1], *deltas.shape) else 0.0
     return _lora(u * root, root[:, None] * vh, shape, common), loss, size
 
 

@@ -13,6 +13,7 @@ from peftsurgery.algorithms import LoRA, WeightAdapter, difference
 from peftsurgery.errors import CheckFailed, UsageError
 from peftsurgery.linalg import (
     Chooser,
+    Seen,
     core_svd,
     truncation_gap,
     weighted_core,
@@ -64,19 +65,6 @@ class Resized:
     spectral: float  # ||error||_2 / ||ΔW||_2 of the truncation
     frobenius: float  # ||ΔW - what is written||_F / ||ΔW||_F, measured
     weighted: float | None = None  # the same behind G^½, of the truncation
-
-
-class Seen:
-    """A rule that remembers the spectrum it was shown."""
-
-    def __init__(self, rule: Chooser | None = None) -> None:
-        self.rule = rule
-        self.spectrum = torch.zeros(1, dtype=torch.float64)
-
-    def choose(self, singular_values: Tensor, shape: tuple[int, int] | None = None) -> int:
-        """The rule's answer; 1 without a rule."""
-        self.spectrum = singular_values.double().cpu()
-        return 1 if self.rule is None else self.rule.choose(self.spectrum, shape)
 
 
 def spectrum(subject: Subject, device: str = "cpu") -> Tensor:

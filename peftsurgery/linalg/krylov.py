@@ -1,0 +1,248 @@
+"""A block Krylov space of MᵀM for a matrix that is only ever seen in row tiles, and how far the
+best approximation in it can be from the best one there is.
+
+    K_j = span(X, MᵀM X, …, (MᵀM)^j X),   X = Mᵀ Ψ,   Ψ (o, q) Gaussian
+
+Musco, Musco 2015, arXiv 1504.05477 (randomized block Krylov iteration: an error of 1 + ε times the
+optimum in O(log n / √ε) steps, whatever the spectrum); Halko, Martinsson, Tropp 2011, arXiv
+0909.4061 (oversampling; one pass over M for each product with MᵀM).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import UsageError
+
+LOST = 2e-7  # of a block's largest direction: what is smaller is rounding of fp32 products
+JUMP = 1e3  # between norms of row tiles, from which on the unit of the sums is taken anew
+
+
+class RowTiles(Protocol):
+    """A matrix (o, n) that can be read as often as needed, a few rows at a time."""
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(o, n)."""
+        ...
+
+    def tiles(self) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows (rows, n) in fp32), in order, without gaps; the next tile may take the
+        memory of the one before."""
+        ...
+
+
+class KrylovSpace:
+    """Orthonormal columns X (n, d) that span the space so far, and M X (o, d), kept.
+
+    Making it reads M once, and so does each `step`. Sums of squares are in fp64, products in fp32.
+    UsageError when M holds NaN or Inf.
+    """
+
+    def __init__(self, source: RowTiles, width: int, generator: torch.Generator) -> None:
+        self.source = source
+        self.total = 0.0  # ||M||_F²
+        self.random = 0  # random columns that the space grew from
+        self._generator = generator
+        columns = source.matrix_shape[1]
+        self._bases = [self._sketched(width)]
+        self._images: list[Tensor] = []
+        self._gram = torch.zeros(0, 0, dtype=torch.float64)  # (M X)ᵀ (M X)
+        self._next = torch.zeros(columns, 0)
+        self._coupling = torch.zeros(0, 0, dtype=torch.float64)
+        self.values = torch.zeros(0, dtype=torch.float64)
+        self._turn = self._gram
+
+    @property
+    def dimension(self) -> int:
+        """d, of the columns with a product."""
+        return self._gram.shape[0]
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether MᵀM maps the space into itself: further steps find nothing."""
+        return self._next.shape[1] == 0
+
+    def step(self) -> None:
+        """Multiply the newest block with M and MᵀM; Ritz values and vectors of MᵀM in the space."""
+        rows, columns = self.source.matrix_shape
+        basis = self._bases[-1]
+        image = torch.empty(rows, basis.shape[1])
+        back = torch.zeros(basis.shape[1], columns)  # rows: twice as fast as columns
+        unit = 0.0
+        for start, tile in self.source.tiles():
+            some = torch.mm(tile, basis, out=image[start : start + tile.shape[0]])
+            size = float(torch.linalg.vector_norm(some, dtype=torch.float64))
+            if size > JUMP * unit:  # squares of 1e-25 or 1e25 are beyond fp32: count in units
+                back *= (unit / size) ** 2
+                unit = size
+            if size > 0:
+                back.addmm_((some / unit).T, tile, alpha=1 / unit)
+        self._images.append(image)
+        self._extend_gram(image)
+        self.values, turn = torch.linalg.eigh(self._gram)
+        self.values, self._turn = self.values.flip(0).clamp_min(0), turn.flip(1)
+        self._next, self._coupling = self._rest(back.T.contiguous())
+        self._coupling *= unit**2
+
+    def grow(self, extra: int = 0) -> None:
+        """Take the next block in, with `extra` fresh Gaussian columns beside it."""
+        columns = self.source.matrix_shape[1]
+        extra = min(extra, columns - self.dimension - self._next.shape[1])
+        block = self._next
+        if extra > 0:
+            block = torch.cat([block, self._fresh(extra, [*self._bases, block])], 1)
+            self.random += extra
+        self._bases.append(block)
+
+    def excess(self, rank: int) -> float:
+        """A bound on Σ_{i<=k} σ_i² - Σ_{i<=k} θ_i: what the best approximation of rank k in the
+        space lacks, in energy.
+
+        With Z the k leading Ritz vectors, MᵀM Z - Z Θ = R is known, and in an orthonormal basis
+        that begins with Z
+
+            MᵀM = [Θ, Rᵀ; R, C] <= [Θ, Rᵀ; R, θ_k I],
+
+        so the k largest eigenvalues of the right-hand side, a 2k x 2k problem, are above those of
+        MᵀM (Weyl's monotonicity; Parlett 1998, "The Symmetric Eigenvalue Problem", 10.3 and 11.5).
+        This holds where no direction outside Z carries more than θ_k (C <= θ_k I), which the random
+        start makes true after a step or two but for a probability that falls with each column
+        beyond k (Halko et al. 2011, section 10.2).
+        """
+        k = min(rank, self.dimension)
+        newest = self._bases[-1].shape[1]
+        residual = self._coupling @ self._turn[-newest:, :k]
+        values, vectors = torch.linalg.eigh(residual.T @ residual)
+        root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+        theta = torch.diag(self.values[:k])
+        outside = self.values[k - 1] * torch.eye(k, dtype=torch.float64)
+        above = torch.cat([torch.cat([theta, root], 1), torch.cat([root, outside], 1)])
+        gained = torch.linalg.eigvalsh(above)[k:].sum() - self.values[:k].sum()
+        return max(float(gained), 0.0)
+
+    def residual(self, rank: int) -> float:
+        """||MᵀM Z - Z Θ||_F of the leading Ritz vectors."""
+        newest = self._bases[-1].shape[1]
+        return float((self._coupling @ self._turn[-newest:, :rank]).norm())
+
+    def leading(self, rank: int) -> tuple[Tensor, Tensor]:
+        """(M Z (o, k), Z (n, k)) of the leading Ritz vectors Z."""
+        turn = self._turn[:, :rank].float()
+        return _combined(self._images, turn), _combined(self._bases, turn)
+
+    def _extend_gram(self, image: Tensor) -> None:
+        newest = image.double()
+        parts = [before.double().T @ newest for before in self._images[:-1]]
+        own = newest.T @ newest
+        if not parts:
+            self._gram = own
+            return
+        side = torch.cat(parts)
+        top = torch.cat([self._gram, side], 1)
+        self._gram = torch.cat([top, torch.cat([side.T, own], 1)])
+
+    def _rest(self, back: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, B) with N orthonormal, orthogonal to the space and N B the part of `back` outside."""
+        largest = float(torch.linalg.vector_norm(back, dim=0).max()) if back.numel() else 0.0
+        outside = _without(back, self._bases)
+        room = back.shape[0] - sum(b.shape[1] for b in self._bases)
+        basis = orthonormal(outside, LOST * largest, room)
+        if basis.shape[1]:
+            basis = _polished(_without(basis, self._bases))
+        return basis, (basis.T @ outside).double()
+
+    def _sketched(self, width: int) -> Tensor:
+        """An orthonormal basis of the columns of Mᵀ Ψ, made up with random ones where M has a
+        smaller rank."""
+        sketch = torch.zeros(width, self.source.matrix_shape[1])
+        for start, tile in self.source.tiles():
+            part = square(tile)
+            if not math.isfinite(part):
+                require_finite(tile, start)
+            self.total += part
+            random = torch.randn(width, tile.shape[0], generator=self._generator)
+            sketch.addmm_(random, tile)
+        self.random = width
+        basis = orthonormal(sketch.T.contiguous(), 0.0, min(sketch.shape))
+        basis = _polished(basis)
+        return torch.cat([basis, self._fresh(width - basis.shape[1], [basis])], 1)
+
+    def _fresh(self, count: int, known: list[Tensor]) -> Tensor:
+        columns = self.source.matrix_shape[1]
+        random = torch.randn(columns, count, generator=self._generator)
+        if count == 0:
+            return random
+        for _ in range(2):
+            random = orthonormal(_without(random, known), 0.0, count)
+        return random
+
+
+def orthonormal(matrix: Tensor, floor: float, most: int) -> Tensor:
+    """Orthonormal columns that span those of `matrix` (n, q), but for directions no longer than
+    `floor`, at most `most` of them; the shortest direction first.
+
+    By the eigenvectors of the Gram matrix in fp64 (Stathopoulos, Wu 2002, SVQB). Unlike columns of
+    a triangular factorisation, those of short directions are free of the long ones, so that their
+    products are exact relative to themselves.
+    """
+    wide = matrix.double()
+    values, vectors = torch.linalg.eigh(wide.T @ wide)
+    lengths = values.clamp_min(0).sqrt()
+    limit = max(floor, 1e-7 * float(lengths[-1])) if lengths.numel() else 0.0
+    keep = min(int((lengths > limit).sum()), most)
+    if keep == 0:
+        return matrix[:, :0]
+    return (wide @ (vectors[:, -keep:] / lengths[-keep:])).float()
+
+
+def _polished(matrix: Tensor) -> Tensor:
+    """Nearly orthonormal columns made so, each staying what it is nearly (Cholesky of their Gram
+    matrix, CholeskyQR, Yamamoto et al. 2015)."""
+    wide = matrix.double()
+    upper, failed = torch.linalg.cholesky_ex(wide.T @ wide, upper=True)
+    if int(failed):
+        return torch.linalg.qr(matrix).Q
+    return torch.linalg.solve_triangular(upper, wide, upper=True, left=False).float()
+
+
+def _without(block: Tensor, known: list[Tensor]) -> Tensor:
+    """The part of `block` that is orthogonal to the columns of `known`."""
+    block = block.clone()
+    for basis in known:
+        block.addmm_(basis, basis.T @ block, alpha=-1)
+    return block
+
+
+def _combined(blocks: list[Tensor], turn: Tensor) -> Tensor:
+    """[blocks] @ turn."""
+    result = torch.zeros(blocks[0].shape[0], turn.shape[1])
+    row = 0
+    for block in blocks:
+        result.addmm_(block, turn[row : row + block.shape[1]])
+        row += block.shape[1]
+    return result
+
+
+def square(tile: Tensor) -> float:
+    """||tile||_F² to about 1e-7: norms of rows in fp32, where their squares are in its range,
+    summed in fp64."""
+    norms = torch.linalg.vector_norm(tile.flatten(1), dim=1)
+    if not 1e-12 < float(norms.max()) < 1e18:
+        norms = torch.linalg.vector_norm(tile.flatten(1), dim=1, dtype=torch.float64)
+    return float(norms.double().square().sum())
+
+
+def require_finite(tile: Tensor, start: int = 0) -> None:
+    """UsageError with the number of values that are NaN or Inf and the first such row."""
+    bad = (~torch.isfinite(tile)).any(1).nonzero().flatten()
+    count = int((~torch.isfinite(tile)).sum())
+    if count:
+        raise UsageError(
+            f"{count} values are NaN or Inf, first in row {start + int(bad[0])}; no SVD is defined."
+        )
