@@ -29,6 +29,27 @@ PEFT_MAPS = {
     "boft": {"blocks": "boft_R", "rescale": "boft_s"},
     "hra": {"u": "hra_u"},
     "ia3": {"vector": "ia3_l"},
+    "road": {"theta": "road_theta", "radius": "road_alpha"},
+    "delora": {
+        "up": "delora_B",
+        "down": "delora_A",
+        "bound": "delora_lambda",
+        "norms": "delora_w_norm",
+    },
+    "hira": {
+        "up": "hira_B",
+        "down": "hira_A",
+        "embedding_A": "hira_embedding_A",
+        "embedding_B": "hira_embedding_B",
+    },
+    "tokens": {"values": "trainable_tokens_delta"},  # beside a LoRA below token_adapter
+    "adalora": {"up": "lora_B", "e": "lora_E", "down": "lora_A"},
+    "vera": {"lambda_b": "vera_lambda_b", "lambda_d": "vera_lambda_d"},  # and base_model.vera_A, B
+    "fourierft": {"spectrum": "fourierft_spectrum"},
+    "c3a": {"kernel": "c3a_kernel"},
+    "bat": {"block": "miss_block"},  # three dimensions
+    "miss": {"block": "miss_block"},
+    "shira": {"values": "shira_weight", "indices": "shira_indices"},
 }
 
 

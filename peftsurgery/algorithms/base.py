@@ -7,6 +7,7 @@ formulas.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
@@ -21,6 +22,13 @@ from .storage import AdapterTensors, Common
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+CALL = 1e6  # multiplications that take about as long as the calls a folded weight saves
+
+
+def is_one(strength: float | Tensor) -> bool:
+    """Whether t is the number 1; a tensor is never looked into."""
+    return not isinstance(strength, Tensor) and strength == 1
 
 
 class WeightAdapter(AdapterTensors):
@@ -44,6 +52,7 @@ class WeightAdapter(AdapterTensors):
     "sum"      y + t · change(x, layer)                ΔW does not look at W
     "input"    the layer run on turned(x, layer, t)    W' = W M
     "output"   mapped(y, layer, bias, t)               W' = M W
+    "both"     y + t · (mapped(y', layer, bias, 1) - y), y' the layer run on turned(x, layer, 1)
     "weight"   not at all: the layer is run with W'    W' is no product of W with something
 
     The three are differentiable in the parameters, get x (y) in the parameters' dtype unless
@@ -98,6 +107,22 @@ class WeightAdapter(AdapterTensors):
         if kernel and tuple(dense.shape[2:]) != kernel:
             dense = dense.reshape(dense.shape[0], -1, *kernel)
         return layer.apply(x, dense if layer.kind == "embedding" else dense.to(x.dtype))
+
+    def folds(self, weight: Tensor, positions: int) -> bool:
+        """Whether running a layer with `added(weight)` costs less than y + t · change(x, layer),
+        for an x of that many positions (products with a row of W); "sum" only. Both are equal up
+        to rounding.
+
+        Folding saves the calls behind `change`, and costs forming W + t ΔW and, in the backward
+        pass, one product as large as the layer's own for its gradient. Here: where `change` forms
+        ΔW anyway, and folding saves a product of the layer's size.
+        """
+        return type(self).change is WeightAdapter.change
+
+    def added(self, weight: Tensor, strength: float | Tensor = 1.0) -> Tensor:
+        """W + t ΔW before any magnitude, differentiable; t = `strength`."""
+        dense = self._dense(tuple(weight.shape))
+        return weight + (dense if is_one(strength) else strength * dense)
 
     def turned(self, x: Tensor, layer: Layer, strength: float | Tensor) -> Tensor:
         """x' with layer.apply(x', W) = layer.apply(x, W + t (W M - W)); "input" only."""
@@ -203,22 +228,30 @@ class WeightAdapter(AdapterTensors):
     def _replacement(self, base: Tensor) -> Tensor:
         """W_1 of an adapter that is not additive; here DoRA."""
         assert self.magnitude is not None
-        direction = self.with_direction(base)
+        direction = self.added(base)
         axis = 0 if self.magnitude_axis == "out" else 1
         if direction.ndim < 2 or direction.shape[axis] != self.magnitude.numel():
             raise UsageError(
                 f"{self._at('magnitude')}: {self.magnitude.numel()} values do not fit axis "
                 f"'{self.magnitude_axis}' of a weight {tuple(base.shape)}."
             )
-        others = [d for d in range(direction.ndim) if d != axis]
-        # a constant in the backward pass, as the paper (section 4.3) and PEFT have it
-        norm = torch.linalg.vector_norm(direction.detach(), dim=others, keepdim=True)
-        magnitude = self.magnitude.float().reshape(norm.shape)
-        return direction * torch.where(norm > 0, magnitude / torch.where(norm > 0, norm, 1.0), 1.0)
+        shape = [1] * direction.ndim
+        shape[axis] = -1
+        return direction * self.gain(direction).reshape(shape)
 
-    def with_direction(self, base: Tensor) -> Tensor:
-        """W + ΔW before the magnitude; additive algorithms with or without DoRA."""
-        return base + self._dense(tuple(base.shape))
+    def gain(self, direction: Tensor) -> Tensor:
+        """m / ||V|| along the magnitude's axis, V = W + ΔW; 1 where the norm is zero.
+
+        The norm is a constant in the backward pass, as the paper (section 4.3) and PEFT have it.
+        """
+        assert self.magnitude is not None
+        axis = 0 if self.magnitude_axis == "out" else 1
+        others = [d for d in range(direction.ndim) if d != axis]
+        with torch.no_grad():
+            norm = torch.linalg.vector_norm(direction, dim=others)
+            zero = norm == 0
+            norm = norm.masked_fill(zero, math.inf)
+        return self.magnitude.float() / norm + zero
 
     def merged_bias(self, bias: Tensor | None, strength: float) -> Tensor | None:
         """b' of `merged` alone."""

@@ -27,6 +27,8 @@ from .storage import Common
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
+    from .layer import Layer
+
 Form = Literal["peft", "lycoris"]
 
 
@@ -126,11 +128,27 @@ class BOFT(WeightMap):
     @property
     def side(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         """PEFT's form changes both sides of the weight as soon as it rescales."""
-        return "weight" if self.form == "peft" and self.rescale is not None else super().side
+        side = super().side
+        if self.form == "lycoris" or self.rescale is None:
+            return side
+        return "both" if side == "input" else "weight"
+
+    def mapped(
+        self, y: Tensor, layer: Layer, bias: Tensor | None, strength: float | Tensor
+    ) -> Tensor:
+        if self.form == "lycoris":
+            return super().mapped(y, layer, bias, strength)
+        assert self.rescale is not None
+        factor = self.rescale.to(y.dtype).reshape(-1, *[1] * (-1 - layer.out_axis))
+        if bias is None:
+            return y * factor
+        shift = bias.to(y.dtype).reshape(factor.shape)
+        return torch.addcmul(shift, y - shift, factor)
 
     def _channels(self, y: Tensor, axis: int, *, transposed: bool) -> Tensor:
         y = y.movedim(axis, -1)
-        factor = None if self.rescale is None else self.rescale.to(y.dtype).reshape(-1)
+        outputs = self.form == "lycoris" and self.rescale is not None
+        factor = self.rescale.to(y.dtype).reshape(-1) if outputs else None
         if factor is not None and transposed:
             y = y * factor
         y = self._turn(y, torch.promote_types(y.dtype, torch.float32), inverse=transposed)

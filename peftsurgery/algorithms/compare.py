@@ -11,10 +11,14 @@ from ..errors import UsageError
 from ..linalg import low_rank_difference_norm, low_rank_norm
 from .base import WeightAdapter
 from .glora import GLoRA
+from .hira import HiRA
 from .lora import LoRA
 from .maps import WeightMap
+from .miss import Bat
 from .oft import OFT
+from .sized import SizedChange
 from .slots import bit_equal, fit_shape
+from .tokens import Tokens
 
 TILE = 1 << 20  # elements of an fp64 row tile
 SAFE = 1e-4  # least ||D||² / terms² at which the fp32 form of a difference is right to a percent
@@ -41,11 +45,16 @@ def difference(a: WeightAdapter, b: WeightAdapter) -> float:
     max|m_a - m_b| / max|m|; two replacements compare values. inf when the two are of kinds that
     only a weight could compare: one additive and one not, another magnitude axis, bias delta
     against bias value, another padding. Maps of the weight (rotations, IA3, GLoRA) are compared by
-    what they make of a trial weight. nan when either holds NaN.
+    what they make of a trial weight, trainable tokens by their values, and changes that do not know
+    the weight's shape on that of a trial weight. nan when either holds NaN.
     UsageError when the shapes differ (trailing ones and flattening aside).
     """
-    if any(isinstance(m, WeightMap | GLoRA) for m in (a, b)):
+    if isinstance(a, Tokens) or isinstance(b, Tokens):
+        return _token_difference(a, b)
+    if any(isinstance(m, WeightMap | GLoRA | HiRA) for m in (a, b)):
         return _map_difference(a, b)
+    if any(isinstance(m, SizedChange) and not m.complete for m in (a, b)):
+        a, b = (m.beside(n) if isinstance(m, SizedChange) else m for m, n in ((a, b), (b, a)))
     if not fit_shape(a.shape, b.shape):
         raise UsageError(f"difference: shapes {a.shape} and {b.shape} are not of one weight.")
     if a is b or _identical(a, b):
@@ -75,9 +84,22 @@ def _map_difference(a: WeightAdapter, b: WeightAdapter) -> float:
     x, y = (m.on(shape)._replacement(trial).detach() - trial for m in (a, b))
     found = [_ratio(float((x - y).norm()), float(x.norm()), float(y.norm()))]
     found.append(_relative(a.bias, b.bias))
-    factors = [None if m.bias_factor is None else m.bias_factor - 1 for m in (a, b)]
-    found.append(_relative(*factors))
+    if a.maps_bias or b.maps_bias:
+        random = torch.Generator().manual_seed(1)
+        bias = torch.randn(shape[a._bias_axis], generator=random)
+        mapped = [m.on(shape).with_tensors(bias=None).merged_bias(bias, 1.0) for m in (a, b)]
+        found.append(_relative(*(None if m is None else m.detach() - bias for m in mapped)))
     return math.nan if any(math.isnan(f) for f in found) else max(found)
+
+
+def _token_difference(a: WeightAdapter, b: WeightAdapter) -> float:
+    """By the values, row by row; inf when they are not of the same rows."""
+    if not (isinstance(a, Tokens) and isinstance(b, Tokens)) or set(a.indices) != set(b.indices):
+        return math.inf
+    if a.values is None or b.values is None:
+        return 0.0
+    place = {n: k for k, n in enumerate(b.indices)}
+    return _relative(a.values, b.values[[place[n] for n in a.indices]])
 
 
 def _common_shape(a: WeightAdapter, b: WeightAdapter) -> tuple[int, ...]:
@@ -85,13 +107,19 @@ def _common_shape(a: WeightAdapter, b: WeightAdapter) -> tuple[int, ...]:
     tails = [m.shape[1:] for m in (a, b) if len(m.shape) > 1 and all(m.shape[1:])]
     if tails:
         return rows, *max(tails, key=len)
-    widths = [m.block_size for m in (a, b) if isinstance(m, OFT) and m.acts_on == "in"]
+    widths = [
+        m.block_size
+        for m in (a, b)
+        if isinstance(m, Bat) or (isinstance(m, OFT) and m.acts_on == "in")
+    ]
     return rows, math.lcm(*widths) if widths else PROBE
 
 
 def _identical(a: WeightAdapter, b: WeightAdapter) -> bool:
     attributes = ("magnitude_axis", "bias_is_value", "padded_shape")
     if type(a) is not type(b) or any(getattr(a, n) != getattr(b, n) for n in attributes):
+        return False
+    if isinstance(a, SizedChange) and not (isinstance(b, SizedChange) and a.same_options(b)):
         return False
     names = (*a.fields, "magnitude", "bias")
     return bit_equal(a.scale, b.scale) and all(

@@ -66,7 +66,7 @@ class Full(WeightAdapter):
         if self.diff is None:
             return torch.zeros(stop - start, 1, dtype=dtype, device=self.scale.device)
         rows = self.diff[start:stop].to(dtype).reshape(stop - start, -1)
-        return rows * float(self.scale)
+        return rows * self.scale
 
     def _require_fit(self, target: tuple[int, ...]) -> None:
         if self.diff is not None:

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import CannotFuse
 from ..linalg import khatri_rao
-from .base import WeightAdapter
+from .base import CALL, WeightAdapter, is_one
 from .fresh import normal, require_rank, trainable
+from .layer import Layer
 from .slots import Part, block_diagonal, group_by, join, ratio, scaled, stack_rows, widest
 from .storage import Common
 
@@ -114,7 +116,7 @@ class LoHa(WeightAdapter):
     def _tile(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         a1, b1 = self._half(1, start, stop, dtype)
         a2, b2 = self._half(2, start, stop, dtype)
-        return (a1 * float(self.scale) @ b1) * (a2 @ b2)
+        return (a1 * self.scale @ b1) * (a2 @ b2)
 
     def _factors(self, dtype: torch.dtype) -> Pair | None:
         """Khatri-Rao factors, R = r1 r2."""
@@ -122,7 +124,49 @@ class LoHa(WeightAdapter):
         a2, b2 = self._half(2, 0, self.shape[0], dtype)
         if a1.shape[1] * a2.shape[1] >= min(self.matrix_shape):
             return None
-        return khatri_rao(a1 * float(self.scale), b1, a2, b2)
+        return khatri_rao(a1 * self.scale, b1, a2, b2)
+
+    def folds(self, weight: Tensor, positions: int) -> bool:
+        """In multiplications, R = r1 r2, forward and backward: the folded weight takes
+        o·i (positions + 6 (r1 + r2) + 40) of them, the last for its element-wise products; `change`
+        through Khatri-Rao factors 3 positions · R (o + i), and the calls it makes more.
+        """
+        rows, columns = self.matrix_shape
+        r1, r2 = self._ranks
+        folded = rows * columns * (positions + 6 * (r1 + r2) + 40)
+        return not self._thin or folded < 3 * positions * r1 * r2 * (rows + columns) + CALL
+
+    @property
+    def _ranks(self) -> tuple[int, int]:
+        """Inner dimensions of the two products."""
+        if self.t1 is None or self.t2 is None:
+            return self.w1_a.shape[1], self.w2_a.shape[1]
+        return self.t1.shape[0], self.t2.shape[0]
+
+    @property
+    def _thin(self) -> bool:
+        """Whether two products of rank R take fewer multiplications than one with ΔW."""
+        rows, columns = self.matrix_shape
+        r1, r2 = self._ranks
+        return r1 * r2 * (rows + columns) < rows * columns
+
+    def added(self, weight: Tensor, strength: float | Tensor = 1.0) -> Tensor:
+        self._require_fit(tuple(weight.shape))
+        a1, b1 = self._half(1, 0, self._shape[0], weight.dtype)
+        a2, b2 = self._half(2, 0, self._shape[0], weight.dtype)
+        a1 = a1 * (self.scale if is_one(strength) else self.scale * strength)
+        flat = weight if weight.ndim == 2 else weight.flatten(1)
+        return torch.addcmul(flat, a1 @ b1, a2 @ b2).view(weight.shape)
+
+    def change(self, x: Tensor, layer: Layer) -> Tensor:
+        """On a Linear through the Khatri-Rao factors (R numbers per position in between) where that
+        is cheaper, else through the dense ΔW."""
+        if layer.kind != "linear" or not self._thin:
+            return super().change(x, layer)
+        a1, b1 = self._half(1, 0, self._shape[0], torch.float32)
+        a2, b2 = self._half(2, 0, self._shape[0], torch.float32)
+        u, v = khatri_rao(a1 * self.scale, b1, a2, b2)
+        return F.linear(F.linear(x, v.to(x.dtype)), u.to(x.dtype))
 
     @classmethod
     def init(

@@ -10,23 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import CannotFit, CannotFuse, CannotSplit, UsageError
+from ..errors import UsageError
 from ..linalg import Chooser, RankRule, Triplet, core_svd, dense_svd, factorization, kron_svd
-from ..linalg.kronecker import Kronecker, kronecker_choices, nearest_kronecker
-from ..linalg.randomized import DenseTiles
-from .base import WeightAdapter
+from ..linalg.kronecker import Kronecker
+from .base import CALL, WeightAdapter, is_one
 from .fresh import kaiming, require_rank, trainable
 from .layer import Layer
-from .slots import Part, bit_equal, fit_shape, join, ratio, scaled, stack_rows, widest
+from .lokr_fit import nearest_product, require_finite, split_second
+from .lokr_rows import cut_rows, joined_rows
+from .slots import Part
 from .storage import Common
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Pair = tuple[Tensor, Tensor]
-
-_W2 = ("w2", "w2_a", "w2_b", "t2")
-_CHOICES = 12  # splits tried when the most exact one is asked for
 
 
 class LoKr(WeightAdapter):
@@ -52,6 +50,7 @@ class LoKr(WeightAdapter):
     w2_a: nn.Parameter | None
     w2_b: nn.Parameter | None
     t2: nn.Parameter | None
+    blocks: tuple[int, int, int]  # (a, b, c)
 
     def __init__(
         self,
@@ -82,7 +81,7 @@ class LoKr(WeightAdapter):
                     f"{self._at('w2_b')}: {d} columns are no multiple of kernel {self.kernel}."
                 )
             d, kernel = d // size, list(self.kernel)
-        self._blocks = (a, b, c)
+        self.blocks = (a, b, c)
         return (a * b, c * d, *kernel)
 
     def _one_of(self, whole: str, left: str, right: str) -> bool:
@@ -149,7 +148,7 @@ class LoKr(WeightAdapter):
         inner = torch.einsum("mnk,nd->mdk", core, self.w2_b.to(dtype)).flatten(1)
         return self.w2_a.to(dtype).T, inner
 
-    def _first(self, dtype: torch.dtype) -> Tensor:
+    def first(self, dtype: torch.dtype) -> Tensor:
         """w1 (a, c) without scale."""
         if self.w1 is not None:
             return self.w1.to(dtype).flatten(1)
@@ -166,21 +165,21 @@ class LoKr(WeightAdapter):
         return pair[0] @ pair[1]
 
     def _tile(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        b = self._blocks[1]
-        first, second = self._first(dtype) * float(self.scale), self._second(dtype)
+        b = self.blocks[1]
+        first, second = self.first(dtype) * self.scale, self._second(dtype)
         row = torch.arange(start, stop, device=first.device)
         return (first[row // b][:, :, None] * second[row % b][:, None, :]).flatten(1)
 
     def _factors(self, dtype: torch.dtype) -> Pair | None:
         """(U_1 ⊗ U_2, V_1 ⊗ V_2), R = r_1 r_2; a whole factor counts with its smaller side."""
         pairs = [
-            _trivial(self._first(dtype), self._first_pair(dtype)),
+            _trivial(self.first(dtype), self._first_pair(dtype)),
             _trivial(self._second(dtype), self._second_pair(dtype)),
         ]
         (u1, v1), (u2, v2) = pairs
         if u1.shape[1] * u2.shape[1] >= min(self.matrix_shape):
             return None
-        return _kron(u1 * float(self.scale), u2), _kron(v1, v2)
+        return _kron(u1 * self.scale, u2), _kron(v1, v2)
 
     def svd(self, rule: Chooser | None = None) -> Triplet:
         """From the SVDs of the two factors: the singular values are all their products times
@@ -188,7 +187,7 @@ class LoKr(WeightAdapter):
         self._require_additive("svd")
         if bad := self.nonfinite():
             raise UsageError(f"{self._at(bad[0])}: NaN or Inf; no SVD is defined.")
-        first = dense_svd(self._first(torch.float32) * float(self.scale))
+        first = dense_svd(self.first(torch.float32) * self.scale)
         pair = self._second_pair(torch.float32)
         if pair is None or pair[0].shape[1] >= min(pair[0].shape[0], pair[1].shape[1]):
             return kron_svd(first, dense_svd(self._second(torch.float32)), rule)
@@ -247,18 +246,30 @@ class LoKr(WeightAdapter):
         )
         return trainable(adapter, dtype)
 
+    def folds(self, weight: Tensor, positions: int) -> bool:
+        """Small layers, where calls cost more than arithmetic: o·i (positions + 16) < CALL."""
+        return weight.numel() * (positions + 16) < CALL
+
+    def added(self, weight: Tensor, strength: float | Tensor = 1.0) -> Tensor:
+        self._require_fit(tuple(weight.shape))
+        a, b, c = self.blocks
+        first, second = self.first(weight.dtype), self._second(weight.dtype)
+        first = first * (self.scale if is_one(strength) else self.scale * strength)
+        blocks = weight.reshape(a, b, c, -1)
+        return torch.addcmul(blocks, first[:, None, :, None], second[:, None]).view(weight.shape)
+
     def change(self, x: Tensor, layer: Layer) -> Tensor:
         """x as a (c, d) block per position: w2 along d, then w1 along c; w1 ⊗ w2 is never built."""
         if layer.kind == "embedding" or (layer.kind == "conv" and layer.groups > 1):
             return super().change(x, layer)
-        a, b, c = self._blocks
-        first = self._first(x.dtype) * self.scale.to(x.device)
+        a, b, c = self.blocks
+        first = self.first(x.dtype) * self.scale
         if layer.kind == "hf_conv1d":  # the rows of the stored weight meet x
             h = x.unflatten(-1, (a, b)) @ self._second(x.dtype).to(x.dtype)
             return torch.einsum("...ad,ac->...cd", h, first.to(h.dtype)).flatten(-2)
         if layer.kind == "linear":
             h = self._through_second(x.unflatten(-1, (c, -1)))
-            return torch.einsum("...cb,ac->...ab", h, first.to(h.dtype)).flatten(-2)
+            return (first.to(h.dtype) @ h).flatten(-2)
         if layer.kind != "conv":
             return super().change(x, layer)
         batch, size = x.shape[0], layer.kernel
@@ -277,91 +288,12 @@ class LoKr(WeightAdapter):
     # --- rows -------------------------------------------------------------------------------------
 
     def _rows(self, start: int, stop: int, common: Common) -> LoKr:
-        b = self._blocks[1]
-        top, bottom = start // b, -(-stop // b)
-        changes: dict[str, Tensor | None] = {n: self._parameters[n] for n in self.fields}
-        side = "w1_a" if self.w1 is None else "w1"
-        whole = start % b == 0 and stop % b == 0
-        if not whole and bottom - top > 1:
-            raise CannotSplit(
-                f"LoKr: rows {start}:{stop} cut through its blocks of {b} rows. Keep it on the "
-                "fused layer, or convert with --algorithm lora."
-            )
-        w1 = changes[side]
-        assert w1 is not None
-        changes[side] = w1[top:bottom]
-        if not whole:
-            cut = slice(start - top * b, stop - top * b)
-            name = "w2_a" if self.w2 is None else "w2"
-            w2 = changes[name]
-            assert w2 is not None
-            changes[name] = w2[cut] if self.t2 is None else w2[:, cut]
-        return self.with_tensors(**changes, **common)
+        return self.with_tensors(**cut_rows(self, start, stop), **common)
 
     @classmethod
     def _fuse(cls, parts: Sequence[Part], common: Common) -> LoKr:
         live = [p.adapter for p in parts if isinstance(p.adapter, LoKr)]
-        first = live[0]
-        scale = common.get("scale", 1.0)
-        shared: dict[str, Tensor | None] = {n: first._parameters[n] for n in first.fields}
-        if all(bit_equal(a._parameters[n], shared[n]) for a in live for n in _W2):
-            return cls._fuse_first(parts, live, shared, common)
-        # one block each, equal w1: the inverse of a cut inside a block
-        if (
-            len(live) == len(parts)
-            and all(a._blocks[0] == 1 and ratio(a, scale) == 1 for a in live)
-            and all(
-                bit_equal(a._parameters[n], shared[n]) for a in live for n in ("w1", "w1_a", "w1_b")
-            )
-        ):
-            if all(a.w2 is not None for a in live):
-                shared["w2"] = join([a.w2 for a in live if a.w2 is not None])
-                return first.with_tensors(**shared, **common)
-            if all(
-                bit_equal(a._parameters[n], shared[n]) for a in live for n in ("w2", "w2_b", "t2")
-            ):
-                dim = 0 if first.t2 is None else 1
-                shared["w2_a"] = join([a.w2_a for a in live if a.w2_a is not None], dim)
-                return first.with_tensors(**shared, **common)
-        raise CannotFuse(
-            "LoKr parts with different second factors have no common Kronecker form. Convert with "
-            "--algorithm lora."
-        )
-
-    @classmethod
-    def _fuse_first(
-        cls,
-        parts: Sequence[Part],
-        live: Sequence[LoKr],
-        shared: dict[str, Tensor | None],
-        common: Common,
-    ) -> LoKr:
-        """w1 rows on top of each other. Different w1_b's: the products themselves, in fp32."""
-        b = live[0]._blocks[1]
-        low = all(a.w1_b is not None and bit_equal(a.w1_b, live[0].w1_b) for a in live)
-        sides: dict[int, Tensor] = {}
-        for adapter in live:
-            side = adapter.w1_a if low else adapter.w1
-            sides[id(adapter)] = adapter._first(torch.float32) if side is None else side
-        dtype = widest(list(sides.values()))
-        blocks: list[Tensor | int] = []
-        for part in parts:
-            if isinstance(part.adapter, LoKr):
-                factor = ratio(part.adapter, common.get("scale", 1.0))
-                blocks.append(scaled(sides[id(part.adapter)], factor, dtype))
-            elif part.rows % b:
-                raise CannotFuse(
-                    f"LoKr: {part.rows} untouched rows are no multiple of its blocks of {b}. "
-                    "Convert with --algorithm lora."
-                )
-            else:
-                blocks.append(part.rows // b)
-        stacked = stack_rows(blocks, [0] * len(blocks))
-        tensors: dict[str, Tensor | None] = {**shared, "w1": None, "w1_a": None}
-        tensors["w1_a" if low else "w1"] = stacked
-        if not low:
-            tensors["w1_b"] = None
-        return live[0].with_tensors(**tensors, **common)
+        return live[0].with_tensors(**joined_rows(parts, live, common.get("scale", 1.0)), **common)
 
     # --- fit --------------------------------------------------------------------------------------
 
@@ -387,44 +319,12 @@ class LoKr(WeightAdapter):
         A LoKr of rank None is returned as it is. CannotFit for 1-D weights; UsageError names a
         field with NaN or Inf.
         """
-        common = Common()
-        target = tuple(source.shape)
         if isinstance(source, WeightAdapter):
-            if bad := source.nonfinite():
-                raise UsageError(
-                    f"{type(source).__name__}.{bad[0]}: NaN or Inf; it cannot be fitted."
-                )
+            require_finite(source)
             if isinstance(source, LoKr) and source.additive and rank is None and factor == -1:
                 return source
-            common = source.common()
-            common.update(scale=1.0, magnitude=None, magnitude_axis=None)
-            if weight is not None:
-                target = source.padded_shape or tuple(weight.shape)
-                source = source.on(target)
-        if not fit_shape(tuple(source.shape), target):
-            raise UsageError(
-                f"a change of shape {tuple(source.shape)} does not fit a weight {target}."
-            )
-        if len(target) < 2:
-            raise CannotFit(
-                f"a change of shape {target} has no Kronecker form; keep it as a full difference."
-            )
-        factors = source.factors() if isinstance(source, WeightAdapter) else None
-        if factors is not None:
-            tiles = factors[0].detach(), factors[1].detach()
-        else:
-            whole = source.delta(weight) if isinstance(source, WeightAdapter) else source
-            tiles = DenseTiles(whole.detach().reshape(target[0], -1))
-        a, c = factorization(target[0], factor or -1)[0], factorization(target[1], factor or -1)[0]
-        if factor is None:
-            kernel = torch.Size(target[2:]).numel()
-            rows, columns = target[0], target[1] * kernel
-            limit = a * c + (rows // a) * (columns // c)
-            if factors is not None and isinstance(source, WeightAdapter):
-                limit = max(limit, source.numel)
-            best = kronecker_choices(tiles, unit=kernel, parameters=limit, most=_CHOICES)[0]
-            a, c = best.a, best.c
-        return cls.of_product(nearest_kronecker(tiles, a, c), target, rank, dtype=dtype, **common)
+        product, target, common = nearest_product(source, weight, factor)
+        return cls.of_product(product, target, rank, dtype=dtype, **common)
 
     @classmethod
     def of_product(
@@ -441,12 +341,9 @@ class LoKr(WeightAdapter):
         (a, c), kernel = product.first.shape, tuple(target[2:])
         b, d = target[0] // a, target[1] // c
         first = product.first.to(dtype)
-        if rank is not None:
-            u, s, vh = dense_svd(product.second, RankRule.parse(rank))
-            if s.numel() < max(b, d) / 2:
-                root = s.sqrt()
-                left, right = (u * root).to(dtype), (root[:, None] * vh).to(dtype)
-                return cls(w1=first, w2_a=left, w2_b=right, kernel=kernel or None, **common)
+        if rank is not None and (pair := split_second(product.second, max(b, d), rank)):
+            left, right = (t.to(dtype) for t in pair)
+            return cls(w1=first, w2_a=left, w2_b=right, kernel=kernel or None, **common)
         return cls(w1=first, w2=product.second.to(dtype).reshape(b, d, *kernel), **common)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import CannotFit, CannotFuse, UsageError
 from ..linalg import RankRule, dense_svd
-from .base import WeightAdapter
+from .base import WeightAdapter, is_one
 from .fresh import kaiming, require_rank, trainable
 from .layer import Layer
 from .slots import (
@@ -79,9 +79,7 @@ class LoRA(WeightAdapter):
 
     def _outer(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Rows of the output side (rows, r), scale included."""
-        up = self.up[start:stop].to(dtype).reshape(stop - start, -1)
-        scale = float(self.scale)
-        return up if scale == 1 else up * scale
+        return self.up[start:stop].to(dtype).reshape(stop - start, -1) * self.scale
 
     def _tile(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         return self._outer(start, stop, dtype) @ self._inner(dtype)
@@ -91,6 +89,14 @@ class LoRA(WeightAdapter):
         self._check_range(start, stop)
         outer, inner = self._outer(start, stop, torch.float32), self._inner(torch.float32)
         return out.addmm_(outer, inner, alpha=strength)
+
+    def added(self, weight: Tensor, strength: float | Tensor = 1.0) -> Tensor:
+        self._require_fit(tuple(weight.shape))
+        outer = self._outer(0, self._shape[0], weight.dtype)
+        if not is_one(strength):
+            outer = outer * strength
+        flat = weight if weight.ndim == 2 else weight.flatten(1)
+        return torch.addmm(flat, outer, self._inner(weight.dtype)).view(weight.shape)
 
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         return self._outer(0, self.shape[0], dtype), self._inner(dtype)
@@ -140,18 +146,21 @@ class LoRA(WeightAdapter):
 
     def change(self, x: Tensor, layer: Layer) -> Tensor:
         """up (scale · down x): r numbers per position in between. Grouped convolutions: dense."""
-        if layer.kind == "linear" and self.mid is None:
-            up, down = self.up, self.down
+        own = self._parameters
+        up, down, mid = own["up"], own["down"], own["mid"]
+        assert up is not None
+        assert down is not None
+        if layer.kind == "linear" and mid is None:
             if up.ndim > 2 or down.ndim > 2:
                 up, down = up.flatten(1), down.flatten(1)
-            h = F.linear(x, down) * self.scale
+            h = F.linear(x, down) * self._buffers["scale"]
             return F.linear(h, up if up.dtype == h.dtype else up.to(h.dtype))
-        if layer.kind == "embedding" and self.mid is None:
-            h = F.embedding(x, self.up, layer.padding_idx) * self.scale
-            return layer.scaled(h @ self.down.to(h.dtype))
-        if layer.kind == "hf_conv1d" and self.mid is None:
-            h = (x @ self.up) * self.scale
-            return h @ self.down.to(h.dtype)
+        if layer.kind == "embedding" and mid is None:
+            h = F.embedding(x, up, layer.padding_idx) * self.scale
+            return layer.scaled(h @ down.to(h.dtype))
+        if layer.kind == "hf_conv1d" and mid is None:
+            h = (x @ up) * self.scale
+            return h @ down.to(h.dtype)
         if layer.kind == "conv" and layer.groups == 1:
             return self._convolved(x, layer)
         return super().change(x, layer)

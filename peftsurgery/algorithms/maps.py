@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CannotFit, CannotFuse, CannotSplit, UsageError
-from .base import WeightAdapter
+from .base import WeightAdapter, is_one
 from .slots import Part, bit_equal
 from .storage import Common
 
@@ -121,7 +121,8 @@ class WeightMap(WeightAdapter):
         return "input" if (self.acts_on == "in") != turned else "output"
 
     def turned(self, x: Tensor, layer: Layer, strength: float | Tensor) -> Tensor:
-        return x + strength * (self._channels(x, layer.in_axis, transposed=True) - x)
+        turned = self._channels(x, layer.in_axis, transposed=True)
+        return turned if is_one(strength) else x + strength * (turned - x)
 
     def mapped(
         self, y: Tensor, layer: Layer, bias: Tensor | None, strength: float | Tensor
@@ -129,7 +130,8 @@ class WeightMap(WeightAdapter):
         if bias is not None:
             shift = bias.reshape(-1, *[1] * (-1 - layer.out_axis)).to(y.dtype)
             return self.mapped(y - shift, layer, None, strength) + shift
-        return y + strength * (self._channels(y, layer.out_axis, transposed=False) - y)
+        mapped = self._channels(y, layer.out_axis, transposed=False)
+        return mapped if is_one(strength) else y + strength * (mapped - y)
 
     # --- rows -------------------------------------------------------------------------------------
 

@@ -284,8 +284,8 @@ def swap_halves(adapter: WeightAdapter) -> WeightAdapter:
     algorithm cannot be cut in the middle.
     """
     o = adapter.shape[0]
-    if o == 0:  # rows not known in number: the same map on each of them
-        return adapter
+    if o == 0:  # rows not known in number: the same map on each of them, or CannotSplit
+        return adapter.rows(0, 0)
     if o % 2:
         raise CannotSplit(f"swap_halves: {o} output rows have no halves.")
     if adapter.magnitude is not None and adapter.magnitude_axis == "in":

@@ -188,6 +188,11 @@ class AdapterTensors(nn.Module):
         """What the base's bias is multiplied by, (o,), where the map scales outputs; else None."""
         return None
 
+    @property
+    def maps_bias(self) -> bool:
+        """Whether the base's bias is mapped with the weight; `merged_bias` does it."""
+        return self.bias_factor is not None
+
     def on(self, shape: tuple[int, ...]) -> Self:
         """The same adapter, of a weight of this shape: fills in sizes the tensors do not tell."""
         return self

@@ -11,6 +11,15 @@ from peftsurgery.cli.running import Display
 from peftsurgery.layouts import LAYOUT_NAMES
 
 
+def _factor(_: click.Context, __: click.Parameter, value: str) -> int | None:
+    """A whole number that is -1 or above 0, or None for 'auto'."""
+    if value == "auto":
+        return None
+    if not value.removeprefix("-").isdigit() or not (int(value) == -1 or int(value) > 0):
+        raise click.BadParameter(f"{value!r}: expected -1, a number above 0, or auto.")
+    return int(value)
+
+
 @click.command()
 @click.argument("tuned")
 @click.argument("base")
@@ -32,10 +41,12 @@ from peftsurgery.layouts import LAYOUT_NAMES
 )
 @click.option(
     "--factor",
-    type=int,
-    default=-1,
+    metavar="NUMBER|auto",
+    callback=_factor,
+    default="-1",
     show_default=True,
-    help="How LoKr cuts the sides of a weight: the size of the small factor, -1 for near-square.",
+    help="How LoKr cuts the sides of a weight: the size of the small factor, -1 for near-square, "
+    "'auto' for the most exact cut of each weight.",
 )
 @options.architecture
 @click.option(
@@ -72,7 +83,7 @@ def extract(
     rank: str | None,
     algorithm: str,
     to: str | None,
-    factor: int,
+    factor: int | None,
     architecture: str | None,
     only: tuple[str, ...],
     targets: tuple[str, ...],

@@ -181,6 +181,11 @@ class BaseWeights:
             return experts.find(self.stored, path, parameter, self.model_type)
         return found
 
+    def shape_of(self, path: str) -> tuple[int, ...] | None:
+        """Shape of the weight of one home module, or None."""
+        found = self.find(path)
+        return None if found is None else found.shape
+
     def weight(self, path: str, parameter: str = "weight") -> torch.Tensor:
         """The weight of a home module or group, in the home vocabulary's orientation and stored
         dtype.

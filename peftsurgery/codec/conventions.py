@@ -8,9 +8,12 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
+import torch
 
 from peftsurgery.checkpoint import Checkpoint
+from peftsurgery.codec import peft_only, projections
 from peftsurgery.codec.detect import Explanation
+from peftsurgery.codec.foreign import foreign_type
 from peftsurgery.codec.keys import Record
 from peftsurgery.codec.map_shapes import Source, version_of
 from peftsurgery.codec.resolving import Placement
@@ -31,8 +34,16 @@ CHANGED_MEANING = (
     "arrow_config",
     "kasa_config",
 )
-PEFT_TYPES = ("LORA", "LOHA", "LOKR", "OFT", "BOFT", "HRA", "IA3")
-UNSCALED = ("full", "set", "", "oft", "boft", "hra", "ia3")  # alpha is a constraint, or nothing
+PEFT_TYPES = (
+    *("LORA", "LOHA", "LOKR", "OFT", "BOFT", "HRA", "IA3"),
+    *("ROAD", "DELORA", "HIRA", "LN_TUNING", "TRAINABLE_TOKENS"),
+    *("ADALORA", "VERA", "FOURIERFT", "C3A", "MISS", "BONE", "SHIRA"),
+)
+UNSCALED = (  # alpha is a constraint, or nothing
+    *("full", "set", "", "oft", "boft", "hra", "ia3"),
+    *peft_only.KINDS,
+    *projections.KINDS,
+)
 
 
 class Conventions:
@@ -46,6 +57,7 @@ class Conventions:
         self.checkpoint = checkpoint
         self.explanation = explanation
         self.findings: list[Finding] = []
+        self._projections: dict[str, tuple[dict[str, torch.Tensor], int]] = {}
         self.raw = self._raw_configs()
         self.configs = {
             component: ConfigScales(config, f"{checkpoint.source} ({component})")
@@ -135,7 +147,29 @@ class Conventions:
                 key,
             )
         name = placement.site.name
-        return Source(key, name, config, alpha, self.transposed(placement))
+        if record.algorithm != "vera":
+            return Source(key, name, config, alpha, self.transposed(placement))
+        shared, widest = self._shared(record)
+        return Source(key, name, config, alpha, self.transposed(placement), shared, widest)
+
+    def _shared(self, record: Record) -> tuple[dict[str, torch.Tensor], int]:
+        """VeRA's projections in this record's component, and its largest number of outputs."""
+        head, colon, _ = record.module.partition(":")
+        start = head + colon if colon else ""
+        if start not in self._projections:
+            parsed = self.explanation.parsed
+            found = {
+                name.removeprefix(start): self.checkpoint[key].torch()
+                for name, key in parsed.shared.items()
+                if name.startswith(start) and (start or ":" not in name)
+            }
+            outputs = [
+                math.prod(self.checkpoint[r.keys["lambda_b"]].shape)
+                for r in parsed.records.values()
+                if "lambda_b" in r.keys and r.module.startswith(start)
+            ]
+            self._projections[start] = found, max(outputs, default=0)
+        return self._projections[start]
 
     def transposed(self, placement: Placement) -> bool:
         """Whether PEFT's fan_in_fan_out applies: the config asks for it and the module is an HF
@@ -181,9 +215,11 @@ class Conventions:
         source = self.checkpoint.source
         kind = str(config.get("peft_type") or "LORA").upper()
         if kind not in PEFT_TYPES:
+            method = foreign_type(kind)
+            why = "It is not known to PEFT 0.21 either." if method is None else method.reason
             raise UnsupportedError(
                 f"{source}: adapter_config.json says peft_type {kind!r}, which this version does "
-                "not handle."
+                f"not handle. {why}"
             )
         for name in CHANGED_MEANING:
             if config.get(name):

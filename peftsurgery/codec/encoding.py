@@ -12,10 +12,12 @@ import torch
 from peftsurgery import architectures
 from peftsurgery.adapter import Adapter, is_group, members
 from peftsurgery.algorithms import LoKr, WeightAdapter, swap_halves
+from peftsurgery.algorithms.slots import bit_equal
 from peftsurgery.architectures import Component, Site
 from peftsurgery.codec.describing import config_of, metadata_of
 from peftsurgery.codec.labelling import find_prefix, vocabulary
-from peftsurgery.codec.refusals import LEFT_OUT, Refused, way_out
+from peftsurgery.codec.peft_only import are_values
+from peftsurgery.codec.refusals import LEFT_OUT, LORA_ONLY, Refused, way_out
 from peftsurgery.codec.resolving import is_denoiser
 from peftsurgery.codec.suffixes import Suffixes, fold_scale
 from peftsurgery.errors import CannotFuse, CannotSplit, Finding, UnsupportedError
@@ -119,7 +121,11 @@ class Encoder:
     def _values_alone(self) -> None:
         """New values under their plain names are an adapter only beside something trained."""
         kinds = {m.algorithm for found in self.written.values() for m in found.values()}
-        if kinds == {"set"} and self.layout.dialect.algorithms["set"]["weight"] == "weight":
+        if (
+            kinds == {"set"}
+            and not self.suffixes.tuned
+            and self.layout.dialect.algorithms["set"]["weight"] == "weight"
+        ):
             reason = f"{self.layout.title} holds new values only beside a trained module"
             for path in self.adapter.modules:
                 self.refusals.append((path, reason, "--to comfy holds values alone"))
@@ -180,8 +186,13 @@ class Encoder:
 
     def _component(self, component: Component) -> None:
         column = vocabulary(self.layout, component)
+        own = self.adapter.of(component.name)
+        self.suffixes.kinds = frozenset(module.algorithm for module in own.values())
+        self.suffixes.tuned = self.layout.alpha == "config" and are_values(
+            self.suffixes.kinds, own, self.adapter.config
+        )
         sites: dict[str, tuple[Site, dict[str, WeightAdapter]]] = {}
-        for path, module in self.adapter.of(component.name).items():
+        for path, module in own.items():
             full = f"{component.name}:{path}"
             site = component.site_of(column, members(path)[0])
             if site is None:
@@ -252,6 +263,15 @@ class Encoder:
         for suffix, tensor in self.suffixes.of(dialect, component, site, module).items():
             key = suffix if suffix.startswith("=") else f"{name}{dialect.joint}{suffix}"
             key = key.removeprefix("=")
+            if key in target and suffix.startswith("="):
+                if bit_equal(target[key], tensor):
+                    self.sources[f"{part}/{key}" if part else key] += paths
+                    continue
+                raise Refused(
+                    f"{self.layout.title} has one {key!r} for all modules, and another module has "
+                    "a different one",
+                    LORA_ONLY,
+                )
             if key in target:
                 raise Refused(
                     f"{key!r} would be written twice: two module names flatten to one",

@@ -14,12 +14,14 @@ from pathlib import Path
 
 import torch
 
+from peftsurgery import architectures
 from peftsurgery.adapter import Adapter
 from peftsurgery.checkpoint import open_checkpoint, save, serialized_header
-from peftsurgery.codec.bases import base_names
+from peftsurgery.codec.bases import BaseWeights, base_names
 from peftsurgery.codec.decoding import decode
 from peftsurgery.codec.encoding import Encoded, encode
 from peftsurgery.codec.explaining import CONFIG, WEIGHTS, open_adapter
+from peftsurgery.codec.settling import settle
 from peftsurgery.errors import UsageError
 from peftsurgery.layouts import layout_named
 
@@ -34,13 +36,17 @@ def load_adapter(
     """The canonical adapter of a file, folder or hub id, whatever its layout.
 
     base: the checkpoint it was trained on; its module list restores flattened names of models
-    without a table. Raises UsageError, UnsupportedError or UnsafeInputError naming file, key,
-    expectation and remedy.
+    without a table, its shapes what a file draws anew (`codec.settling`). Raises UsageError,
+    UnsupportedError or UnsafeInputError naming file, key, expectation and remedy.
     """
-    known = None if base is None else base_names(open_checkpoint(base))
-    return decode(
+    opened = None if base is None else open_checkpoint(base)
+    known = None if opened is None else base_names(opened)
+    adapter = decode(
         open_adapter(source, allow_pickle=allow_pickle), architecture=architecture, known=known
     )
+    if opened is None or "vera" not in adapter.algorithms:
+        return adapter
+    return settle(adapter, BaseWeights(opened, architectures.get(adapter.architecture)).shape_of)
 
 
 def save_adapter(

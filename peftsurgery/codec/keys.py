@@ -12,54 +12,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from peftsurgery.codec.foreign import Foreign, foreign_key
 from peftsurgery.codec.map_shapes import NEEDED, incomplete, map_shape
 from peftsurgery.errors import UnsupportedError, UsageError
 from peftsurgery.layouts import LAYOUTS, Dialect
 
 ANY = ""  # the field belongs to whatever algorithm the module has
-
-UNSUPPORTED: tuple[tuple[str, str], ...] = (
-    (r"oft_(diag|blocks\.\d+)", "OFT in an older form (oft_diag, oft_blocks.N)"),
-    (r"oft_r", "OFT of PEFT before 0.16, which PEFT itself does not read any more"),
-    (r"initial_norm|dora_multiplier", "OFT with DoRA (OneTrainer)"),
-    (r"lora_E", "AdaLoRA"),
-    (r"glora_[A-E]\..*", "GLoRA (PEFT's five terms)"),
-    (r"vera_(lambda_[bd]|[AB])", "VeRA"),
-    (r"pvera_(lambda_[bd]|[AB])", "PVeRA"),
-    (r"fourierft_spectrum", "FourierFT"),
-    (r"waveft_spectrum", "WaveFT"),
-    (r"ln_tuning_layers\.(weight|bias)", "LN tuning"),
-    (r"(miss|bone)_block", "MiSS/Bone"),
-    (r"randlora_\w+", "RandLoRA"),
-    (r"shira_(weight|indices)", "SHiRA"),
-    (r"c3a_kernel", "C3A"),
-    (r"road_(theta|alpha)", "RoAd"),
-    (r"delora_\w+", "DeLoRA"),
-    (r"hira_[AB]", "HiRA"),
-    (r"gralora_\w+(\.weight)?", "GraLoRA"),
-    (r"vblora_\w+", "VB-LoRA"),
-    (r"tinylora_\w+(\.\d+)?", "TinyLoRA"),
-    (r"osf_svd_params\..*", "OSF"),
-    (r"psoft_R\..*", "PSOFT"),
-    (r"peanut_\w+(\.weight)?", "PEANuT"),
-    (r"beft_bias", "BEFT"),
-    (r"deft_[PR]", "DEFT"),
-    (r"lily_\w+(\.weight)?", "LiLy"),
-    (r"unilora_\w+", "UniLoRA"),
-    (r"frod_\w+", "FRoD"),
-    (r"poly_(lora_[AB]|router.*)", "Poly"),
-    (r"shadow_\w+(\..*)?", "Shadow"),
-    (r"supertuning_\w+", "SuperTuning"),
-    (r"(token_adapter\.)?trainable_tokens_delta", "trainable tokens"),
-    (r"prompt_embeddings|prefix_task_(cols|rows)", "prompt, prefix or P-tuning"),
-    (r"adaption_(prompt|gate)", "Llama-Adapter"),
-    (r"internal_xlora_classifier\..*", "X-LoRA"),
-    (r"q_layer\.weight|p_layer\.weight|lambda_layer", "T-LoRA (rank depends on the timestep)"),
-    (r"adapter_(down|up)(\.\d+)?\.(weight|bias)", "bottleneck adapter"),
-    (r"(bias_indices|bias_values|bias_size)", "sparse bias (LyCORIS extraction)"),
-)
-_UNSUPPORTED = [(re.compile(rf"(?:^|\.)(?:{pattern})$"), name) for pattern, name in UNSUPPORTED]
-_ANY_UNSUPPORTED = re.compile(rf"(?:^|\.)(?:{'|'.join(f'(?:{p})' for p, _ in UNSUPPORTED)})$")
 
 # read besides what the layouts write
 _EXTRA_SUFFIXES: dict[str, tuple[str, str]] = {
@@ -72,12 +30,23 @@ _EXTRA_SUFFIXES: dict[str, tuple[str, str]] = {
     "base_layer.bias": (ANY, "bias_value"),
     "bias.set_weight": (ANY, "bias_value"),
     "oft_R.scaled_oft": ("oft", "scaled"),
+    "lora_E": ("adalora", "e"),
+    "bone_block": ("miss", "block"),
+    "token_adapter.trainable_tokens_delta": ("tokens", "values"),
+    "token_adapter.base_layer.weight": (ANY, "base_weight"),
+    "ln_tuning_layers.weight": ("set", "weight"),
+    "ln_tuning_layers.bias": (ANY, "bias_value"),
 }
 _NAMED = re.compile(
     r"^(?P<head>.+\.(?:lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|hada_\w+|lokr_\w+"
     r"|oft_R|oft_embedding_R|boft_[Rs]|hra_u|ia3_l"
+    r"|road_theta|road_alpha|delora_\w+|hira_(?:embedding_)?[AB]|trainable_tokens_delta"
+    r"|ln_tuning_layers"
+    r"|lora_E|vera_lambda_[bd]|fourierft_spectrum|c3a_kernel|miss_block|bone_block|shira_\w+"
     r"|modules_to_save))\.(?P<name>[^.]+)(?P<tail>\.weight|\.bias)?$"
 )
+# tensors of a whole component, not of a module
+_SHARED = re.compile(r"^(?P<component>\w+:)?base_model\.(?P<name>vera_[AB])(?:\.[^.]+)?$")
 _CARRIED = re.compile(r"^bundle_emb\.|^lora_controlnet$")
 _TAIL_WORDS = frozenset({"weight", "bias", "scaled_oft"})
 
@@ -143,6 +112,7 @@ class Parsed:
     unknown: list[str]  # keys with no known suffix
     repairs: dict[str, int]
     adapter_name: str | None = None
+    shared: dict[str, str] = field(default_factory=dict)  # `component:name` -> key, of all modules
 
 
 def split(key: str) -> tuple[str, str, str, str] | None:
@@ -159,15 +129,6 @@ def split(key: str) -> tuple[str, str, str, str] | None:
     return None
 
 
-def unsupported_algorithm(key: str) -> str | None:
-    """The name of the algorithm whose suffix `key` has, when it is one this version does not
-    handle.
-    """
-    if _ANY_UNSUPPORTED.search(key) is None:  # one search for the usual key instead of forty
-        return None
-    return next((name for pattern, name in _UNSUPPORTED if pattern.search(key)), None)
-
-
 def parse(keys: Iterable[str], source: str = "") -> Parsed:
     """Cut every key of a file into records.
 
@@ -175,13 +136,16 @@ def parse(keys: Iterable[str], source: str = "") -> Parsed:
     but not handled, UsageError when it holds several named adapters or one module twice.
     """
     parsed = Parsed({}, [], [], [], {})
-    foreign: dict[str, list[str]] = {}
+    foreign: dict[Foreign, list[str]] = {}
     names: set[str] = set()
     keys = list(keys)
     present = set(keys)
     for key in keys:
         if _CARRIED.match(key):
             parsed.carried.append(key)
+            continue
+        if (whole := _SHARED.match(key)) is not None:
+            parsed.shared.setdefault((whole["component"] or "") + whole["name"], key)
             continue
         # beside the value itself when PEFT saves resized embeddings too
         if ".original_module." in key or _saved_twice(key, present):
@@ -195,8 +159,8 @@ def parse(keys: Iterable[str], source: str = "") -> Parsed:
                 raise _several_names(keys, source)
             head = named["head"].removesuffix(".modules_to_save")
             plain = head + (named["tail"] or "")
-        if (algorithm := unsupported_algorithm(plain)) is not None:
-            foreign.setdefault(algorithm, []).append(key)
+        if (method := foreign_key(plain)) is not None:
+            foreign.setdefault(method, []).append(key)
             continue
         cut = split(plain)
         if cut is None:
@@ -205,11 +169,14 @@ def parse(keys: Iterable[str], source: str = "") -> Parsed:
         _add(parsed, key, *cut)
     if foreign:
         listed = "; ".join(
-            f"{name}: {len(found)} keys, first {found[0]!r}" for name, found in foreign.items()
+            f"{m.name}: {len(found)} keys, first {found[0]!r}" for m, found in foreign.items()
         )
         raise UnsupportedError(
-            f"{source}: holds an algorithm this version recognises but does not handle ({listed})."
+            f"{source}: holds an algorithm this version recognises but does not handle ({listed}). "
+            + " ".join(dict.fromkeys(method.reason for method in foreign))
         )
+    if parsed.shared and not any(r.algorithm == "vera" for r in parsed.records.values()):
+        parsed.unknown += parsed.shared.values()
     parsed.adapter_name = next(iter(names), None)
     _base_copies(parsed)
     return parsed
@@ -258,6 +225,8 @@ def _add(parsed: Parsed, key: str, module: str, algorithm: str, name: str, suffi
             f"{key!r}: the module {module!r} already has its {name} from {record.keys[name]!r}; "
             "expected each once."
         )
+    if {record.algorithm, algorithm} == {"lora", "adalora"}:  # lora_A, lora_B beside lora_E
+        record.algorithm = algorithm = "adalora"
     if algorithm:
         if record.algorithm and record.algorithm != algorithm:
             raise UnsupportedError(

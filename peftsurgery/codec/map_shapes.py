@@ -6,7 +6,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 ShapeOf = Callable[[str], tuple[int, ...]]
 
@@ -16,6 +20,17 @@ NEEDED = {
     "hra": (("u",),),
     "ia3": (("vector",),),
     "glora": (("a1", "a2", "b1", "b2"),),
+    "road": (("theta", "radius"),),
+    "delora": (("up", "down", "bound", "norms"),),
+    "hira": (("up", "down"), ("embedding_A", "embedding_B")),
+    "tokens": (("values",),),
+    "adalora": (("up", "e", "down"),),
+    "vera": (("lambda_b", "lambda_d"),),
+    "fourierft": (("spectrum",),),
+    "c3a": (("kernel",),),
+    "miss": (("block",),),
+    "bat": (("block",),),
+    "shira": (("values", "indices"),),
 }
 
 
@@ -30,7 +45,7 @@ def map_shape(
 ) -> tuple[int | None, tuple[int, int]]:
     """(rank, (out, in)) of a complete record; 0 where the tensors do not tell.
 
-    `in` of a rotation of inputs counts kernel positions too. Only GLoRA has a rank.
+    `in` of a rotation of inputs counts kernel positions too.
     """
     if algorithm == "glora":
         a1, b1, b2 = shape("a1"), shape("b1"), shape("b2")
@@ -39,6 +54,27 @@ def map_shape(
         else:
             out, into, rank = b1[0], b2[1], a1[1]
         return rank, (out, into)
+    if algorithm in ("delora", "hira"):
+        if "embedding_A" in have:
+            a, b = shape("embedding_A"), shape("embedding_B")
+            return a[0], (math.prod(a[1:]), b[0])
+        return shape("down")[0], (shape("up")[0], math.prod(shape("down")[1:2]))
+    if algorithm == "adalora":
+        return shape("down")[0] or None, (shape("up")[0], math.prod(shape("down")[1:]))
+    if algorithm == "vera":
+        return math.prod(shape("lambda_d")), (math.prod(shape("lambda_b")), 0)
+    if algorithm == "c3a":
+        kernel = (*shape("kernel"), 1, 1, 1)
+        return None, (kernel[0] * kernel[2], kernel[1] * kernel[2])
+    if algorithm == "miss":
+        block = shape("block")
+        return (None, (block[0] * block[1], 0)) if len(block) == 3 else (block[0], (0, 0))
+    if algorithm in ("fourierft", "shira"):
+        return None, (0, 0)
+    if algorithm == "tokens":
+        return None, (0, math.prod(shape("values")[1:]))
+    if algorithm == "road":
+        return None, (0, 0)  # how many numbers belong to an output stands in the config
     if algorithm == "hra":
         return None, (0, shape("u")[0])
     if algorithm == "boft":  # PEFT's: blocks on the input, factors on the output
@@ -84,6 +120,8 @@ class Source:
     config: Mapping[str, object] | None  # adapter_config.json of its component
     alpha: float | None
     conv1d: bool  # a transformers Conv1D, by name and fan_in_fan_out
+    shared: Mapping[str, torch.Tensor] = field(default_factory=dict)  # of all its modules, by name
+    widest: int = 0  # outputs of the largest VeRA module of its component
 
 
 def version_of(config: Mapping[str, object]) -> tuple[int, int]:

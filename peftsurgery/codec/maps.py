@@ -13,8 +13,9 @@ from collections.abc import Mapping
 import torch
 
 from peftsurgery.algorithms import BOFT, IA3, OFT, GLoRA, WeightAdapter, WeightMap
+from peftsurgery.codec import peft_only, projections
 from peftsurgery.codec.map_shapes import NEEDED, Source, ia3_sides, old_glora, version_of
-from peftsurgery.codec.refusals import BAKED, Refused
+from peftsurgery.codec.refusals import BAKED, Refused, way_out
 from peftsurgery.errors import UnsupportedError, UsageError
 from peftsurgery.layouts import Dialect, Layout
 
@@ -31,12 +32,16 @@ def read(algorithm: str, tensors: Tensors, source: Source) -> tuple[str, dict[st
 
     Raises UnsupportedError or UsageError naming the key when the file does not say enough.
     """
-    if source.conv1d and algorithm != "ia3":
+    if source.conv1d and algorithm not in ("ia3", *peft_only.KINDS, *projections.KINDS):
         raise UnsupportedError(
             f"{source.key!r}: {algorithm.upper()} on a transformers Conv1D (fan_in_fan_out): PEFT "
             "turns such a layer differently when it runs and when it merges; this version does "
             "not handle it."
         )
+    if algorithm in peft_only.KINDS:
+        return algorithm, peft_only.read(algorithm, tensors, source)
+    if algorithm in projections.KINDS:
+        return projections.read(algorithm, tensors, source)
     if algorithm == "oft":
         return _read_oft(tensors, source)
     if algorithm == "boft":
@@ -146,7 +151,12 @@ def write(layout: Layout, dialect: Dialect, module: WeightAdapter) -> dict[str, 
     fields = dialect.algorithms.get(module.algorithm)
     if fields is None:
         held = ", ".join(a for a in dialect.algorithms if a != "norm")
-        raise Refused(f"{layout.title} has no keys for {module.algorithm}; it holds {held}", BAKED)
+        reason = f"{layout.title} has no keys for {module.algorithm}; it holds {held}"
+        raise Refused(reason, way_out([module]))
+    if module.algorithm in peft_only.KINDS:
+        return peft_only.write(fields, module)
+    if module.algorithm in projections.KINDS:
+        return projections.write(fields, module)
     if isinstance(module, GLoRA):
         return {fields[n]: t for n, t in module.tensors().items() if n in fields}
     if isinstance(module, OFT):

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 
 from peftsurgery.adapter import Adapter
 from peftsurgery.algorithms import LoKr, LoRA, WeightAdapter
+from peftsurgery.codec import peft_only, projections
 from peftsurgery.codec.peft_maps import KINDS, map_config
 from peftsurgery.codec.scales import alpha_of, common, patterns
 from peftsurgery.errors import UnsupportedError
@@ -47,7 +48,13 @@ def build(
     known = ("lora", "loha", "lokr", *KINDS)
     trained = {tail(p): m for p, m in modules.items() if m.algorithm in known}
     values = {p: m for p, m in modules.items() if m.algorithm == "set"}
+    tokens = {p: m for p, m in trained.items() if m.algorithm == "tokens"}
     kinds = {m.algorithm for m in trained.values()}
+    if kinds == {"lora", "tokens"}:
+        trained = {p: m for p, m in trained.items() if p not in tokens}
+        kinds = {"lora"}
+    if not kinds and peft_only.are_values({"set"}, values, adapter.config):
+        trained, values, kinds = {tail(p): m for p, m in values.items()}, {}, {"set"}
     if not kinds:
         raise UnsupportedError(
             "a PEFT folder needs a trained module (LoRA, LoHa, LoKr, …) beside new values, and "
@@ -61,9 +68,14 @@ def build(
             "--algorithm lora makes them one."
         )
     kind = kinds.pop()
+    if kind == "tokens" and values:
+        raise UnsupportedError(
+            "PEFT's trainable tokens have no modules_to_save, and new values lie beside them. "
+            "--to comfy holds values."
+        )
     source: Mapping[str, object] = adapter.config
     config: dict[str, object] = {
-        "peft_type": kind.upper(),
+        "peft_type": (peft_only.TYPES | projections.TYPES).get(kind, kind.upper()),
         "inference_mode": True,
         "task_type": None,
         "base_model_name_or_path": None,
@@ -78,12 +90,16 @@ def build(
     config.pop("modules_to_save", None)
     if values:
         config["modules_to_save"] = _saved(source.get("modules_to_save"), values)
+    if kind == "set":
+        return {n: v for n, v in config.items() if n not in LORA_ONLY}
     if kind in KINDS:
         config = {n: v for n, v in config.items() if n not in LORA_ONLY}
         return config | map_config(kind, trained, source)
     config.update(_ranks(trained, kind, rslora=bool(source.get("use_rslora"))))
     if kind == "lora":
         _lora_flags(config, trained)
+        if tokens:
+            config |= peft_only.beside_lora(tokens, source)
     elif any(m.magnitude is not None for m in trained.values()):
         raise UnsupportedError(
             f"PEFT has no DoRA on {kind}; --base with --algorithm lora bakes it in"

@@ -6,11 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from peftsurgery.algorithms import BOFT, HRA, IA3, OFT, WeightAdapter
+from peftsurgery.codec import peft_only, projections
 from peftsurgery.codec.map_shapes import version_of
 from peftsurgery.codec.maps import PEFT_TERMS
 from peftsurgery.errors import UnsupportedError
 
-KINDS = ("oft", "boft", "hra", "ia3")
+KINDS = ("oft", "boft", "hra", "ia3", *peft_only.KINDS, *projections.KINDS)
 REWRITE = "--base CHECKPOINT --algorithm lora rewrites it as a LoRA"
 DEFAULT_EPS = 6e-5
 HALF_LAST = "0.18.0"  # the first PEFT version whose Neumann series ends with half a term
@@ -23,6 +24,10 @@ def map_config(kind: str, modules: Modules, source: Mapping[str, object]) -> Con
 
     Raises UnsupportedError naming a module that would need other numbers than the rest.
     """
+    if kind in peft_only.KINDS:
+        return peft_only.config_of(kind, modules, source)
+    if kind in projections.KINDS:
+        return projections.config_of(kind, modules, source)
     build: dict[str, Callable[[Modules, Mapping[str, object]], Config]] = {
         "oft": _oft,
         "boft": _boft,

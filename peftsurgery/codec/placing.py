@@ -27,8 +27,11 @@ def place(site: Site, adapter: WeightAdapter, source: str = "") -> dict[str, Wei
         raise UnsupportedError(f"{site.name!r}: the row operator {site.operator!r} is not known.")
     if len(site.parts) == 1:
         return {site.parts[0] + mark: adapter}
-    if adapter.shape[0] == 0:  # rows not known in number: the same map on each of them
-        return dict.fromkeys(site.parts, adapter)
+    if adapter.shape[0] == 0:  # rows not known in number: the same map on each of them, or none
+        try:
+            return dict.fromkeys(site.parts, adapter.rows(0, 0))
+        except CannotSplit:
+            return {group(site.parts) + mark: adapter}
     unit, remainder = divmod(adapter.shape[0], sum(site.proportions))
     if remainder:
         raise UsageError(

@@ -5,6 +5,7 @@ prefixes.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from peftsurgery.codec.keys import Parsed, Record
 from peftsurgery.errors import UsageError
@@ -86,6 +87,4 @@ def repaired(parsed: Parsed, stage: str) -> Parsed:
         target.keys.update(record.keys)
         target.suffixes |= record.suffixes
         target.algorithm = target.algorithm or record.algorithm
-    return Parsed(
-        records, parsed.carried, parsed.skipped, parsed.unknown, repairs, parsed.adapter_name
-    )
+    return replace(parsed, records=records, repairs=repairs)

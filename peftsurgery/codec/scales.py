@@ -98,7 +98,8 @@ class ConfigScales:
         self.alpha, self.rank = alpha, rank
         self.rslora = bool(config.get("use_rslora", False))
         self.alpha_pattern = _pattern(config, "alpha_pattern", source)
-        self.rank_pattern = _pattern(config, "rank_pattern", source)
+        flags = kind == "ADALORA"  # its rank_pattern lists which ranks are left
+        self.rank_pattern = _pattern({} if flags else config, "rank_pattern", source)
 
     def scale(self, path: str, rank: int | None) -> float:
         """The scale of one module; `rank` from its tensors, or None when they do not tell."""

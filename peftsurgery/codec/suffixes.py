@@ -29,6 +29,8 @@ class Suffixes:
         self.fold = fold
         self.ndims = ndims
         self.findings: list[Finding] = []
+        self.kinds: frozenset[str] = frozenset()  # algorithms of the component being written
+        self.tuned = False  # new values alone, as PEFT's LN tuning writes them
 
     def of(
         self, dialect: Dialect, component: Component, site: Site, module: WeightAdapter
@@ -41,6 +43,8 @@ class Suffixes:
         result: dict[str, torch.Tensor] = {}
         if module.algorithm in MAPS:
             result |= write(self.layout, dialect, module)
+            if module.algorithm == "tokens" and self.kinds != {"tokens"}:
+                result = {f"token_adapter.{suffix}": t for suffix, t in result.items()}
             own = {n: t for n, t in own.items() if n in ("magnitude", "bias")}
             fields: dict[str, str] = {}
         else:
@@ -50,7 +54,9 @@ class Suffixes:
                 result[suffix] = tensor
         if self.layout.alpha == "config" and module.stored != "linear" and isinstance(module, LoRA):
             result = _peft_orientation(module, dialect)
-        if module.algorithm == "set":
+        if module.algorithm == "set" and self.tuned:
+            result = {f"ln_tuning_layers.{suffix}": t for suffix, t in result.items()}
+        elif module.algorithm == "set":
             result = self._values(component, site, module, result)
         if dialect.alpha and module.rank is not None and not self.fold:
             alpha = alpha_of(float(module.scale), module.rank)
@@ -166,6 +172,8 @@ class Suffixes:
             trained = ("lora", "loha", "lokr", *MAPS)
             if self.layout.alpha == "config" and module.algorithm in trained:
                 suffix = "base_layer.bias"
+            elif self.tuned:
+                suffix = f"ln_tuning_layers.{suffix}"
             result[suffix] = bias
             return
         suffix = dialect.bias

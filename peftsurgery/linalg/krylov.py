@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 
-LOST = 2e-7  # of a block's largest direction: what is smaller is rounding of fp32 products
+LOST = 1e-6  # of a column: what is smaller is rounding of fp32 products
 JUMP = 1e3  # between norms of row tiles, from which on the unit of the sums is taken anew
 
 
@@ -149,10 +149,12 @@ class KrylovSpace:
 
     def _rest(self, back: Tensor) -> tuple[Tensor, Tensor]:
         """(N, B) with N orthonormal, orthogonal to the space and N B the part of `back` outside."""
-        largest = float(torch.linalg.vector_norm(back, dim=0).max()) if back.numel() else 0.0
+        # each column on its own: the rounding of a long one is longer than what a short one finds
+        tiny = torch.finfo(torch.float32).tiny
+        lengths = torch.linalg.vector_norm(back, dim=0).clamp_min(tiny)
         outside = _without(back, self._bases)
         room = back.shape[0] - sum(b.shape[1] for b in self._bases)
-        basis = orthonormal(outside, LOST * largest, room)
+        basis = orthonormal(outside / lengths, LOST, room)
         if basis.shape[1]:
             basis = _polished(_without(basis, self._bases))
         return basis, (basis.T @ outside).double()

@@ -19,6 +19,7 @@ from peftsurgery.codec import BaseWeights, decode, open_adapter
 from peftsurgery.codec.detect import AmbiguousArchitecture
 from peftsurgery.codec.keys import parse
 from peftsurgery.codec.placing import ungroup
+from peftsurgery.codec.settling import settle
 from peftsurgery.errors import CannotFit, CannotFuse, Finding, UnsupportedError, UsageError
 from peftsurgery.operations.headers import Headers
 from peftsurgery.operations.journal import refuse_pending
@@ -121,6 +122,8 @@ def decode_all(
                 f"{name}: is for {adapter.architecture}, and {names[0]} for "
                 f"{adapters[0].architecture}: adapters of different models do not combine."
             )
+    if weights is not None:
+        adapters = [settle(adapter, weights.shape_of) for adapter in adapters]
     inputs = AdapterInputs(list(names), adapters, list(strengths), files, weights)
     for name, adapter in zip(names, adapters, strict=True):
         for finding in adapter.findings:

@@ -17,6 +17,7 @@ from peftsurgery.adapter import Adapter
 from peftsurgery.algorithms import WeightAdapter
 from peftsurgery.checkpoint import Checkpoint
 from peftsurgery.codec import decode, open_adapter
+from peftsurgery.codec.settling import settle
 from peftsurgery.errors import Finding, UsageError
 from peftsurgery.layouts import layout_named
 from peftsurgery.operations.headers import Headers
@@ -89,6 +90,8 @@ def convert(
     weights, known = base_weights(base, architecture, kept)
     tensors = Headers(kept) if dry_run else kept
     adapter = decode(tensors, architecture=architecture, known=known)
+    if weights is not None:
+        adapter = settle(adapter, weights.shape_of)
     original_layout = adapter.layout
     left_out = _filter(adapter, drop, only)
     if not adapter.modules:

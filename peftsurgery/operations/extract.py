@@ -69,7 +69,7 @@ def extract(
     algorithm: str = "lora",
     to: str | None = None,
     architecture: str | None = None,
-    factor: int = -1,
+    factor: int | None = -1,
     only: Sequence[str] = (),
     targets: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -83,7 +83,8 @@ def extract(
     """Write `dst`, the adapter that turns BASE into TUNED as far as its rank allows.
 
     algorithm: "lora" (`rank`: a rule, of each weight's own spectrum), "lokr" (`rank`, if any, of
-    the second factor; `factor` cuts the sides as LyCORIS does), "full" (exact). to: the layout;
+    the second factor; `factor` cuts the sides as LyCORIS does, None chooses the most exact cut of
+    each weight with as many numbers, which takes a dozen times as long), "full" (exact). to: the layout;
     None is peft for language models and kohya for the rest. only: components; targets, exclude:
     patterns of module paths. dtype: of the factors, "keep" that of TUNED. See `peftsurgery extract
     --help`.
@@ -141,7 +142,8 @@ def extract(
         report.inputs.update(side.result())
     options = {"to": to, "algorithm": algorithm, "rank": str(rule) if rule else None}
     options |= {"dtype": None if dtype == "keep" else dtype}
-    options |= {"factor": str(factor) if algorithm == "lokr" else None}
+    cut = "auto" if factor is None else str(factor)
+    options |= {"factor": cut if algorithm == "lokr" else None}
 
     def check(staged: Path) -> None:
         fidelity = measured(staged, adapter, found, projected, sides, progress)

@@ -13,6 +13,7 @@ from peftsurgery.adapter import Adapter
 from peftsurgery.checkpoint import Checkpoint, open_checkpoint
 from peftsurgery.codec import BaseWeights, decode, open_adapter
 from peftsurgery.codec.explaining import explain_checkpoint
+from peftsurgery.codec.settling import settle
 from peftsurgery.errors import Finding, UnsupportedError, UsageError
 from peftsurgery.operations.experts import unstack
 from peftsurgery.operations.journal import refuse_pending
@@ -77,6 +78,7 @@ def open_inputs(
         found if isinstance(found, Adapter) else decode(found, architecture=family, known=known)
         for _, found in opened
     ]
+    decoded = [settle(adapter, weights.shape_of) for adapter in decoded]
     for adapter, name in zip(decoded, names, strict=True):
         _check_residual(adapter, name, residual_base)
     structure = _restructured(checkpoint, decoded, names, tied_weights)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from peftsurgery.adapter import Adapter, members
-from peftsurgery.algorithms import LoRA, Replace, WeightAdapter
+from peftsurgery.algorithms import LoRA, Replace, Tokens, WeightAdapter
 from peftsurgery.algorithms.slots import fit_shape
 from peftsurgery.checkpoint import LazyTensor
 from peftsurgery.codec.bases import BaseWeights, Stored, flat_rows
@@ -191,7 +191,7 @@ def _edits(
         if changes_weight and weight is not None:
             edit = _on_weight(index, path, module, strength, weight, row, rows, marked, grown)
             found.append((weight, edit))
-        if module.bias is not None or module.bias_factor is not None:
+        if module.bias is not None or module.maps_bias:
             bias = base.find(home, "bias")
             if bias is not None:
                 found.append((bias, _on_bias(index, path, module, strength, bias, row, marked)))
@@ -255,7 +255,7 @@ def _on_weight(
 ) -> Edit:
     start, stop = stored.rows
     home = stored.shape or (1,)
-    if grown is not None and not isinstance(module, Replace):
+    if grown is not None and not isinstance(module, Replace | Tokens):
         home, stop = grown, grown[0]
     own = module.shape if rows == module.shape[0] else (rows, *module.shape[1:])
     transposed = stored.site.operator == "transpose"
@@ -264,7 +264,12 @@ def _on_weight(
         if len(wide) != len(home) or any(a < b for a, b in zip(wide, home, strict=True)):
             raise Misfit(f"it widens the weight to {list(wide)}, the base has {list(home)}")
         stop = wide[0]
-    elif isinstance(module, Replace) and not transposed and _whole(stored) and own[1:] == home[1:]:
+    elif (
+        isinstance(module, Replace | Tokens)
+        and not transposed
+        and _whole(stored)
+        and own[1:] == home[1:]
+    ):
         if own[0] != home[0] and strength not in (0, 1):
             raise Misfit(
                 f"it replaces {home[0]} rows by {own[0]}, which has no meaning at strength "
@@ -297,9 +302,8 @@ def _on_bias(
     marked: bool,
 ) -> Edit:
     start, stop = stored.rows
-    values = module.bias if module.bias is not None else module.bias_factor
-    assert values is not None
-    count = values.numel()
+    axis = module._bias_axis if module.bias is None else 0
+    count = module.shape[axis] if module.bias is None else module.bias.numel()
     if stop - start > count - row or (len(members(path)) == 1 and stop - start != count):
         raise Misfit(f"the change of the bias has {count} values, the base {stop - start}")
     swapped = (stored.site.operator == "swap_halves") != marked

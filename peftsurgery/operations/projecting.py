@@ -21,12 +21,13 @@ from peftsurgery.codec.labelling import vocabulary
 from peftsurgery.errors import CannotSplit, CheckFailed, UnsupportedError, UsageError
 from peftsurgery.layouts import Dialect, Layout, dialect_of
 from peftsurgery.linalg import RankRule, factorization
-from peftsurgery.linalg.kronecker import nearest_kronecker
+from peftsurgery.linalg.kronecker import Kronecker, kronecker_choices, nearest_kronecker
 from peftsurgery.linalg.randomized import randomized_svd
 from peftsurgery.operations.changes import Change
 from peftsurgery.operations.differences import Difference, Stack
 
 ALGORITHMS = ("lora", "lokr", "full")
+CUTS = 12  # of a LoKr, tried where the most exact one is asked for
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 
 
@@ -37,7 +38,7 @@ class Wanted:
     layout: Layout
     algorithm: str
     rule: RankRule | None
-    factor: int = -1
+    factor: int | None = -1  # None: the most exact cut of each weight
     dtype: torch.dtype | None = None  # None: that of TUNED's tensor
     seed: int = 0
 
@@ -258,8 +259,7 @@ class Projection:
                 raise UsageError("NaN or Inf")
             return Full(whole.to(kind), **common), total, total
         if self.wanted.algorithm == "lokr":
-            a, c = _cut(shape, self.wanted.factor)
-            product = nearest_kronecker(source, a, c, seed=self.wanted.seed)
+            product = self._product(source)
             module = LoKr.of_product(product, shape, rule, dtype=kind, **common)
             kept = product.kept
             if module.rank is not None:
@@ -274,6 +274,19 @@ class Projection:
         up = (found.u * root).to(kind).reshape(shape[0], -1, *[1] * (len(shape) - 2))
         down = (root[:, None] * found.vh).to(kind).reshape(-1, *shape[1:])
         return LoRA(up, down, **common), found.total, found.kept
+
+    def _product(self, source: Difference | Stack) -> Kronecker:
+        """The nearest Kronecker product, cut by the factor or, where there is none, by the most
+        exact of the largest cuts with no more numbers than that of factor -1 (as `LoKr.fit`)."""
+        shape = source.shape
+        a, c = _cut(shape, self.wanted.factor or -1)
+        if self.wanted.factor is None:
+            rows, columns = source.matrix_shape
+            limit = a * c + (rows // a) * (columns // c)
+            kernel = math.prod(shape[2:])
+            found = kronecker_choices(source, unit=kernel, parameters=limit, most=CUTS)
+            a, c = found[0].a, found[0].c
+        return nearest_kronecker(source, a, c, seed=self.wanted.seed)
 
 
 def _split(job: Job, module: WeightAdapter) -> dict[str, WeightAdapter]:
@@ -309,7 +322,7 @@ def _outline(
     if wanted.algorithm == "full":
         return Full(empty(*shape), **common)
     if wanted.algorithm == "lokr":
-        a, c = _cut(shape, wanted.factor)
+        a, c = _cut(shape, wanted.factor or -1)  # the largest of what may be chosen
         b, d = shape[0] // a, shape[1] // c
         rank = most(wanted.rule, b, d * math.prod(shape[2:])) if wanted.rule else max(b, d)
         if rank < max(b, d) / 2:
@@ -360,4 +373,9 @@ def check_algorithm(wanted: Wanted) -> None:
         held = ", ".join(a for a in ALGORITHMS if a in dialect.algorithms)
         raise UnsupportedError(
             f"--to {wanted.layout.name} has no keys for {wanted.algorithm}; it holds {held}."
+        )
+    if wanted.algorithm == "lokr" and wanted.factor is None and wanted.layout.alpha == "config":
+        raise UnsupportedError(
+            f"--to {wanted.layout.name} cuts every weight by one factor that its config states; "
+            "--factor auto cuts each its own way. Give a number, or --to lycoris."
         )

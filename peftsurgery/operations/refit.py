@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from peftsurgery.adapter import Adapter
-from peftsurgery.algorithms import Full, LoKr, LoRA, WeightAdapter, difference
+from peftsurgery.algorithms import Full, LoKr, LoRA, SizedChange, WeightAdapter, difference
 from peftsurgery.codec import BaseWeights
 from peftsurgery.codec.placing import ungroup
 from peftsurgery.errors import CannotFit, Finding, UnsupportedError
@@ -58,8 +58,8 @@ def refit(
             except CannotFit as error:
                 raise CannotFit(f"{path}: {error}") from error
         exact = module if module.additive else Full.fit(module, weight)
-        if weights is not None and (factors := module.bias_factor) is not None:
-            bias = _scaled_bias(path, factors, weights)
+        if weights is not None and module.maps_bias:
+            bias = _mapped_bias(path, module, weights)
             exact, fitted = exact.with_tensors(bias=bias), fitted.with_tensors(bias=bias)
         losses[path] = difference(exact, fitted)
         adapter.modules[path] = fitted
@@ -86,6 +86,8 @@ def weight_for(
             why = f"{module.algorithm} maps it to another"
             if module.magnitude is not None or module.algorithm == "set":
                 why = "a DoRA magnitude" if module.magnitude is not None else "a replaced weight"
+            if isinstance(module, SizedChange):
+                why = f"the tensors of a {module.algorithm} do not tell its shape"
             raise UnsupportedError(
                 f"{path}: the change depends on the base weight ({why}). Pass --base CHECKPOINT."
             )
@@ -101,11 +103,13 @@ def weight_for(
     return None
 
 
-def _scaled_bias(path: str, factors: torch.Tensor, weights: BaseWeights) -> torch.Tensor | None:
-    """(l - 1) b, the change of a bias that a map multiplies by l; None where there is no bias."""
+def _mapped_bias(path: str, module: WeightAdapter, weights: BaseWeights) -> torch.Tensor | None:
+    """The change of a bias that is mapped with the weight; None where there is no bias."""
     if weights.find(path, "bias") is None:
         return None
-    return (factors.detach() - 1) * weights.weight(path, "bias").float()
+    before = weights.weight(path, "bias").float()
+    after = module.merged_bias(before, 1.0)
+    return None if after is None else after.detach() - before
 
 
 def values_as_differences(adapter: Adapter, layout: Layout, weights: BaseWeights) -> list[Finding]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from peftsurgery.checkpoint import Checkpoint
 from peftsurgery.codec import decode, encode, open_adapter
+from peftsurgery.codec.settling import settle
 from peftsurgery.errors import UsageError
 from peftsurgery.linalg import RankRule
 from peftsurgery.operations.grams import Grams
@@ -101,6 +102,8 @@ def resize_rank(
     hashing = Hashing(source, enabled=not dry_run)
     weights, known = base_weights(base, architecture, source)
     adapter = decode(source, architecture=architecture, known=known)
+    if weights is not None:
+        adapter = settle(adapter, weights.shape_of)
     original, to = adapter.layout, to or adapter.layout
     check_target([source], dst, to=to, overwrite=overwrite)
     grams = None if gram is None else Grams(gram)

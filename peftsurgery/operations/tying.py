@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from peftsurgery.adapter import Adapter
-from peftsurgery.algorithms import WeightAdapter
+from peftsurgery.algorithms import Tokens, WeightAdapter, WeightMap
 from peftsurgery.checkpoint import Checkpoint
 from peftsurgery.errors import Finding, UsageError
 from peftsurgery.operations.plan import Target
@@ -80,8 +80,8 @@ def tied(
 
     "both": a change of either side is made to the shared tensor. "untie": the head becomes a tensor
     of its own, and tie_word_embeddings false. "error": UsageError when an adapter changes one side
-    only. An adapter that changes both sides alike is merged once in any case; one that changes them
-    differently needs "untie".
+    only; trainable tokens of the embedding are the head's too, as in PEFT. An adapter that changes
+    both sides alike is merged once in any case; one that changes them differently needs "untie".
     """
     pair = tied_pair(base)
     sides = [_touched(adapter, pair) for adapter in adapters]
@@ -97,7 +97,8 @@ def tied(
                 "them to one tensor. "
                 "Pass --tied untie to write two."
             )
-        if (embedding is None) != (head is None) and policy == "error":
+        tokens = head is None and embedding is not None and isinstance(embedding[1], Tokens)
+        if (embedding is None) != (head is None) and policy == "error" and not tokens:
             one, other = (
                 (pair.embedding, pair.head) if head is None else (pair.head, pair.embedding)
             )
@@ -130,6 +131,7 @@ def _alike(a: WeightAdapter, b: WeightAdapter) -> bool:
         type(a) is type(b)
         and mine.keys() == other.keys()
         and float(a.scale) == float(b.scale)
+        and (not isinstance(a, WeightMap) or a.same_map(b))
         and all(torch.equal(t, other[n]) for n, t in mine.items() if t.shape == other[n].shape)
         and all(t.shape == other[n].shape for n, t in mine.items())
     )

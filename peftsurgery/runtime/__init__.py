@@ -1,5 +1,6 @@
 """Adapters on live torch models: attach, train, switch, merge, save."""
 
+from .allocating import Budget, RankAllocator
 from .attaching import Attached, attach
 from .controls import (
     activate,
@@ -14,6 +15,8 @@ from .controls import (
 )
 from .from_data import init_from_data
 from .merging import merge, merge_and_detach, unmerge
+from .regularizing import adalora_orthogonality, hra_orthogonality
+from .replication import Replication, replicate_layers
 from .resuming import load_state, save_state
 from .saving import export, save
 from .stack import Dropout
@@ -32,9 +35,13 @@ from .training import (
 __all__ = [
     "EMA",
     "Attached",
+    "Budget",
     "Counts",
     "Dropout",
+    "RankAllocator",
+    "Replication",
     "activate",
+    "adalora_orthogonality",
     "adapter_names",
     "adapter_parameters",
     "adapters",
@@ -47,12 +54,14 @@ __all__ = [
     "enable_input_gradients",
     "export",
     "hot_swap",
+    "hra_orthogonality",
     "init_from_data",
     "load_state",
     "merge",
     "merge_and_detach",
     "param_groups",
     "per_row",
+    "replicate_layers",
     "save",
     "save_state",
     "set_strength",

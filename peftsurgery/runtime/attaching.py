@@ -11,14 +11,17 @@ from torch import Generator, nn
 
 from peftsurgery.adapter import Adapter
 from peftsurgery.algorithms import ALGORITHMS, Axis, Full, Replace, WeightAdapter
-from peftsurgery.errors import Finding, UsageError, nearest
+from peftsurgery.codec.foreign import foreign_type
+from peftsurgery.errors import Finding, UnsupportedError, UsageError, nearest
 
 from .freezing import freeze
 from .hosting import host, is_hosted, stack_of
-from .inits import start
 from .loading import attach_file, components_of
-from .stack import Dropout, Entry, base_weight, parameter_of, slot_path, weight_like
-from .targets import Site, Target, first_match, named, select, sites
+from .making import Maker
+from .merging import shared_parameters
+from .quantized_start import check_replaceable, place
+from .stack import Dropout, Entry, base_weight, parameter_of, slot_path
+from .targets import Site, Target, named, select, sites
 
 Algorithm = type[WeightAdapter] | str
 Plan = Algorithm | tuple[Algorithm, Mapping[str, object]]
@@ -94,10 +97,13 @@ def attach(
     options        further arguments of the algorithm's `init`
 
     On a pipeline (an object with `components`) only files are attached. UsageError names targets
-    without a match and names already taken; nothing is attached then.
+    without a match and names already taken, UnsupportedError a method that is known and not here
+    ("prompt_tuning"); nothing is attached then.
     """
     if "." in name or "@" in name or "!" in name or not name:
         raise UsageError(f"adapter name {name!r}: must not be empty or hold '.', '@' or '!'.")
+    if isinstance(algorithm, str) and not Path(algorithm).exists():
+        _refuse_foreign(algorithm)
     if isinstance(algorithm, (Adapter, Path)) or (
         isinstance(algorithm, str) and algorithm not in ALGORITHMS
     ):
@@ -141,22 +147,34 @@ def attach(
     )
     known = sites(model)
     made: list[tuple[Site, Entry]] = []
+    bases: dict[Entry, torch.Tensor] = {}
     chosen = _chosen(model, known, algorithm, targets, exclude, options)
     drop = Dropout(dropout, rank_dropout, rank_dropout_scale, module_dropout)
     for site, (kind, extra) in chosen.values():
         for slot in _slots(site, kind):
-            adapter, origin = maker.make(site, kind, extra, slot)
-            entry = Entry(name, adapter, parameter=site.parameter, origin=origin, dropout=drop)
+            begun = maker.make(site, kind, extra, slot)
+            entry = Entry(
+                name, begun.adapter, parameter=site.parameter, origin=begun.origin, dropout=drop
+            )
             entry.bias, entry.slot = None if slot is not None else site.bias, slot
+            if begun.base is not None:
+                bases[entry] = begun.base
             made.append((site, entry))
     made += _beside(model, known, chosen, name, bias, tuple(modules_to_save), dtype)
     _check_free(made, name)
     for site, entry in made:
         entry.settle(site.layer)
+    if bases:
+        shared = shared_parameters(model)
+        for site, entry in made:
+            if entry in bases:
+                check_replaceable(site.path, site.host, entry.parameter, shared)
     for site, entry in made:
         stack = host(site.host, site.layer, site.host_path)
         entry.adapter.requires_grad_(trainable is not False)
         entry.set_strength(strength)
+        if entry in bases:
+            place(site.host, entry, bases[entry])
         stack.add(entry)
     if trainable is not False:
         freeze(model)
@@ -172,6 +190,13 @@ def _slots(site: Site, kind: type[WeightAdapter]) -> Iterable[int | None]:
     if site.layer.kind != "parameter" or weight is None or weight.ndim != 3:
         return (None,)
     return (None,) if kind in (Full, Replace) else range(weight.shape[0])
+
+
+def _refuse_foreign(name: str) -> None:
+    """UnsupportedError for a method that is known and not here, in PEFT's spelling of its type."""
+    known = foreign_type(name.upper().replace("-", "_"))
+    if known is not None and name not in ALGORITHMS:
+        raise UnsupportedError(f"{name!r} cannot be attached. {known.reason}")
 
 
 def _did_you_mean(text: str) -> str:
@@ -226,89 +251,9 @@ def _class(algorithm: Algorithm) -> type[WeightAdapter]:
     if not isinstance(algorithm, str):
         return algorithm
     if algorithm not in ALGORITHMS:
+        _refuse_foreign(algorithm)
         raise UsageError(f"no algorithm {algorithm!r}{_did_you_mean(algorithm)}")
     return ALGORITHMS[algorithm]
-
-
-@dataclass(frozen=True)
-class Maker:
-    """Makes the fresh adapter of one site."""
-
-    rank: int | None
-    alpha: float | None
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
-    rslora: bool
-    magnitude: Axis | None
-    bias: str
-    init: str
-    dtype: torch.dtype
-    generator: Generator | None
-
-    def make(
-        self,
-        site: Site,
-        kind: type[WeightAdapter],
-        options: Mapping[str, object],
-        slot: int | None = None,
-    ) -> tuple[WeightAdapter, WeightAdapter | None]:
-        """(adapter, origin) for a site, or for one slice of it; `rank` and `alpha` in options come
-        before the patterns.
-        """
-        look = self.magnitude is not None or self.init != "default" or kind is Replace
-        weight = (base_weight if look else weight_like)(site.host, site.parameter)
-        if slot is not None:
-            weight = weight[slot]
-        rest = dict(options)
-        rank = rest.pop("rank", first_match(self.rank_pattern, site.path, self.rank))
-        alpha = rest.pop("alpha", first_match(self.alpha_pattern, site.path, self.alpha))
-        if not isinstance(rank, (int, type(None))) or not isinstance(
-            alpha, (int, float, type(None))
-        ):
-            raise UsageError(f"{site.path}: rank {rank!r} and alpha {alpha!r} must be numbers.")
-        if self.rslora and rank is not None:
-            alpha = (rank if alpha is None else alpha) * rank**0.5
-        try:
-            adapter, origin = start(
-                kind,
-                weight,
-                self.init,
-                rank=rank,
-                alpha=alpha,
-                generator=self.generator,
-                stored=site.layer.stored,
-                dtype=self.dtype,
-                options=rest,
-            )
-        except UsageError as error:
-            raise UsageError(f"{site.path}: {error}") from error
-        changes: dict[str, object] = {}
-        if self.magnitude is not None and weight.ndim > 1:
-            if adapter.side != "sum" or not adapter.additive:
-                raise UsageError(f"{site.path}: {kind.__name__} has no DoRA magnitude.")
-            if origin is not None:
-                raise UsageError(f"{site.path}: init {self.init!r} is not defined with DoRA.")
-            changes["magnitude"] = _norms(weight, self.magnitude, site.layer.stored, self.dtype)
-            changes["magnitude_axis"] = _stored_axis(self.magnitude, site.layer.stored)
-        if self.bias in ("targets", "lora_only", "all") and adapter.bias is None and slot is None:
-            base = parameter_of(site.host, site.bias)
-            if base is not None:
-                change = torch.zeros(base.shape, dtype=self.dtype, device=base.device)
-                changes["bias"] = nn.Parameter(change)
-        return (adapter.with_tensors(**changes) if changes else adapter), origin
-
-
-def _stored_axis(axis: Axis, stored: str) -> Axis:
-    """Magnitudes per output are per column where the weight is stored (in, out)."""
-    if stored == "linear":
-        return axis
-    return "in" if axis == "out" else "out"
-
-
-def _norms(weight: torch.Tensor, axis: Axis, stored: str, dtype: torch.dtype) -> nn.Parameter:
-    kept = 0 if _stored_axis(axis, stored) == "out" else 1
-    others = [d for d in range(weight.ndim) if d != kept]
-    return nn.Parameter(torch.linalg.vector_norm(weight.detach().float(), dim=others).to(dtype))
 
 
 def _beside(

@@ -15,6 +15,7 @@ from peftsurgery.errors import UsageError, nearest
 from .freezing import frozen_names, hand_over, unfreeze
 from .hosting import stack_of, unhost
 from .loading import components_of
+from .quantized_start import put_back
 from .stack import Stack
 from .targets import hosts
 
@@ -124,6 +125,8 @@ def delete(model: object, name: str = "default") -> None:
     for module in components_of(model).values():
         for hosted in hosts(module).values():
             stack = stack_of(hosted)
+            for entry in stack.of(name):
+                put_back(hosted, entry)
             stack.remove(name)
             if not stack.entries:
                 unhost(hosted)
@@ -136,6 +139,8 @@ def detach(model: object) -> None:
     for module in components_of(model).values():
         names = frozen_names(module)
         for hosted in hosts(module).values():
+            for entry in stack_of(hosted).entries:
+                put_back(hosted, entry)
             unhost(hosted)
         unfreeze(module, names)
 

@@ -15,7 +15,9 @@ from torch import nn
 from peftsurgery.algorithms.layer import Layer
 from peftsurgery.errors import UnsupportedError, UsageError
 
+from .describing import runs_plainly
 from .running import run
+from .single import run_single
 from .stack import Stack
 
 STACK = "adapters"
@@ -30,6 +32,9 @@ class Host:
         stack: Stack = self._modules[STACK]  # type: ignore[attr-defined]
         if not stack.plan:
             return self.hosted_class.forward(self, *args, **kwargs)  # type: ignore[arg-type]
+        entry = stack.single
+        if entry is not None and entry.side != "weight" and len(args) == 1 and not kwargs:
+            return run_single(self, stack, entry, args[0])  # type: ignore[arg-type]
         return run(self, stack, args, kwargs)  # type: ignore[arg-type]
 
     def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
@@ -82,6 +87,7 @@ def host(module: nn.Module, layer: Layer, path: str) -> Stack:
         )
     stack = Stack(layer)
     stack.training = module.training
+    stack.whole = runs_plainly(module)
     module._modules[STACK] = stack
     module.__class__ = hosted(type(module))
     return stack

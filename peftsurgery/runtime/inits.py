@@ -5,6 +5,8 @@ gaussian     LoRA: down ~ N(0, 1 / r²), up = 0 (PEFT)
 pissa        LoRA: the top r singular triplets of W, U √S and √S Vh (Meng et al. 2024,
              arXiv 2404.02948); "pissa_niter_N" takes them from a randomized SVD with N power steps
 olora        LoRA: W = Q R, up = Q[:, :r], down = R[:r] (Büyükakyüz 2024, arXiv 2406.01775)
+loftq        LoRA of a matrix: what NF4 takes from W, so that Q + ΔW_0 ≈ W; "loftq_niter_N"
+             alternates N times; see `quantized_start`
 orthogonal   LoRA, even r: rows of an orthogonal Q (r, r): up from the even ones, down from the odd
              ones, so that up @ down = 0 and both are non-zero (PEFT `orthogonal`)
 
@@ -12,11 +14,17 @@ PiSSA and OLoRA subtract their start from the base, W - ΔW_0. Here the base sta
 start is kept as a frozen `origin` and what is applied is ΔW - ΔW_0, which is the same function and
 has the same gradients. `save` can write either that difference, an ordinary LoRA of rank 2 r, or
 the bare factors.
+
+LoftQ is for a base that will be quantized: the weight is Q while the adapter is attached, in the
+model's state dict too, and the base's own bytes come back when it is taken off. What is saved is an
+ordinary LoRA of Q: on W it adds more than was learned. With one iteration Q is NF4(W), as
+quantizing tools make it; otherwise save the base beside the adapter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
@@ -25,7 +33,31 @@ from peftsurgery.algorithms import LoRA, WeightAdapter
 from peftsurgery.errors import UsageError
 from peftsurgery.linalg import RankRule, dense_svd
 
-NAMES = ("default", "gaussian", "pissa", "pissa_niter_N", "olora", "orthogonal")
+from .quantized_start import loftq
+
+NAMES = (
+    "default",
+    "gaussian",
+    "pissa",
+    "pissa_niter_N",
+    "olora",
+    "orthogonal",
+    "loftq",
+    "loftq_niter_N",
+)
+
+
+@dataclass(frozen=True)
+class Start:
+    """A fresh adapter.
+
+    origin   frozen, to subtract; None when the adapter starts at ΔW = 0 or `base` makes up for it
+    base     the weight it is meant for, None for the one it was made of
+    """
+
+    adapter: WeightAdapter
+    origin: WeightAdapter | None = None
+    base: Tensor | None = None
 
 
 def start(
@@ -39,8 +71,8 @@ def start(
     stored: str,
     dtype: torch.dtype,
     options: Mapping[str, object],
-) -> tuple[WeightAdapter, WeightAdapter | None]:
-    """(adapter, origin); origin is None when the adapter starts at ΔW = 0."""
+) -> Start:
+    """A fresh adapter of `weight` by the name of its init; UsageError for one it does not have."""
     adapter = kind.init(
         weight,
         rank=rank,
@@ -51,22 +83,27 @@ def start(
         **options,
     )
     if init == "default":
-        return adapter, None
+        return Start(adapter)
     if not isinstance(adapter, LoRA) or adapter.mid is not None:
         raise UsageError(f"init {init!r} is defined for a LoRA without core, not for {kind}.")
     r = adapter.rank
     if init == "gaussian":
         side = adapter.up if stored == "conv1d" else adapter.down
         side.data.normal_(0.0, 1 / r, generator=generator)
-        return adapter, None
+        return Start(adapter)
     if init == "orthogonal":
-        return _orthogonal(adapter, generator), None
+        return Start(_orthogonal(adapter, generator))
+    base: Tensor | None = None
     matrix = weight.detach().float().flatten(1)
     if init == "pissa":
         u, s, vh = dense_svd(matrix, RankRule.parse(min(r, *matrix.shape)))
     elif init.startswith("pissa_niter_") and init.removeprefix("pissa_niter_").isdigit():
         steps = int(init.removeprefix("pissa_niter_"))
         u, s, vh = _randomized(matrix, r, steps, generator)
+    elif init == "loftq":
+        base, (u, s, vh) = loftq(weight, r)
+    elif init.startswith("loftq_niter_") and init.removeprefix("loftq_niter_").isdigit():
+        base, (u, s, vh) = loftq(weight, r, int(init.removeprefix("loftq_niter_")))
     elif init == "olora":
         q, upper = torch.linalg.qr(matrix)
         u, vh = q[:, :r], upper[:r]
@@ -79,10 +116,12 @@ def start(
         raise UsageError(f"init {init!r}: needs a positive scale, got {scale:g}.")
     _fill(adapter.up, u * root / scale**0.5)
     _fill(adapter.down, root[:, None] * vh / scale**0.5)
+    if base is not None:
+        return Start(adapter, base=base)
     origin = adapter.with_tensors(
         up=adapter.up.detach().clone(), down=adapter.down.detach().clone()
     )
-    return adapter, origin.requires_grad_(False)
+    return Start(adapter, origin.requires_grad_(False))
 
 
 def _fill(parameter: Tensor, values: Tensor) -> None:

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from peftsurgery.adapter import Adapter, is_group, members
-from peftsurgery.algorithms import Full, LoRA, WeightAdapter
+from peftsurgery.algorithms import Full, LoRA, Tokens, WeightAdapter
 from peftsurgery.codec import decode, open_adapter
+from peftsurgery.codec.settling import settle
 from peftsurgery.errors import CannotSplit, Finding, UnsupportedError, UsageError, nearest
 
 from .hosting import STACK, host, is_hosted, stack_of
@@ -69,6 +70,7 @@ def attach_file(
         checkpoint = open_adapter(source)
         adapter = decode(checkpoint, architecture=architecture, known=known_names(model))
     where = {part: sites(module) for part, module in components_of(model).items()}
+    adapter = settle(adapter, lambda path: _shape_at(where, path))
     found: list[tuple[str, tuple[Site, int | None], WeightAdapter]] = []
     missing: list[str] = []
     for path, change in adapter.modules.items():
@@ -97,14 +99,38 @@ def attach_file(
             raise type(error)(f"{label}: {path}: {error}") from error
         if is_hosted(site.host) and name in stack_of(site.host):
             raise UsageError(f"{site.path}: an adapter {name!r} is attached; delete it first.")
-    for site, entry in entries:
+    live = {path: entry.adapter for (path, _, _), (_, entry) in zip(found, entries, strict=True)}
+    for site, entry in [*entries, *_tied_tokens(where, entries)]:
         stack = host(site.host, site.layer, site.host_path)
         entry.set_strength(strength)
         stack.add(entry)
-    live = {path: entry.adapter for (path, _, _), (_, entry) in zip(found, entries, strict=True)}
     if "" in where:
         live = {path.partition(":")[2]: change for path, change in live.items()}
     return live, tuple(missing), adapter.findings
+
+
+def _tied_tokens(
+    where: Mapping[str, Mapping[str, Site]], entries: list[tuple[Site, Entry]]
+) -> list[tuple[Site, Entry]]:
+    """Trainable tokens once more on the other modules that have the same weight (an output head
+    tied to the embedding), as PEFT has it; one adapter in both places.
+    """
+    taken = {id(site.host) for site, _ in entries}
+    more: list[tuple[Site, Entry]] = []
+    for site, entry in entries:
+        if not isinstance(entry.adapter, Tokens):
+            continue
+        shared = parameter_of(site.host, site.parameter)
+        for known in where.values():
+            for other in known.values():
+                same = parameter_of(other.host, other.parameter) is shared
+                if not same or id(other.host) in taken:
+                    continue
+                again = Entry(entry.name, entry.adapter, parameter=other.parameter)
+                again.settle(other.layer)
+                taken.add(id(other.host))
+                more.append((other, again))
+    return more
 
 
 def _pieces(path: str, change: WeightAdapter) -> dict[str, WeightAdapter]:
@@ -151,6 +177,14 @@ def _site(
             if slot < _stack_size(site):
                 return site, slot
     return None
+
+
+def _shape_at(where: Mapping[str, Mapping[str, Site]], path: str) -> tuple[int, ...] | None:
+    place = _site(where, path, None)
+    if place is None:
+        return None
+    weight = parameter_of(place[0].host, place[0].parameter)
+    return None if weight is None else tuple(weight.shape)
 
 
 def _stack_size(site: Site) -> int:

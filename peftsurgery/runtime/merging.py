@@ -31,7 +31,7 @@ def merge(model: object) -> None:
             raise UsageError("merge: adapters chosen per row have no one merged weight.")
     plan: list[tuple[nn.Module, dict[str, Tensor]]] = []
     for part in components_of(model).values():
-        shared = _shared(part)
+        shared = shared_parameters(part)
         for module in hosts(part).values():
             stack = stack_of(module)
             entries = stack.live()
@@ -40,7 +40,7 @@ def merge(model: object) -> None:
             _write(module, values, shared)
 
 
-def _shared(model: nn.Module) -> set[int]:
+def shared_parameters(model: nn.Module) -> set[int]:
     """Ids of parameters that several modules hold."""
     seen: set[int] = set()
     twice: set[int] = set()
@@ -96,4 +96,6 @@ def merge_and_detach(model: object) -> None:
         merge(model)
     for stack in stacks(model).values():
         stack.backup = None
+        for entry in stack.entries:
+            entry.original = None  # the merged weight is what stays
     detach(model)

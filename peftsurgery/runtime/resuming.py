@@ -1,7 +1,9 @@
-"""Everything an exact resume needs in one safetensors file: adapters, optimizer, random numbers.
+"""Everything an exact resume needs in one safetensors file: adapters, optimizer, rank allocator,
+random numbers.
 
-Tensors are `adapter/NAME`, `optimizer/NAME/KEY` and `rng/…`, by the parameter names of the model,
-so that the order in which an optimizer got them does not matter; plain values lie in the metadata.
+Tensors are `adapter/NAME`, `optimizer/NAME/KEY`, `allocator/…` and `rng/…`, by the parameter names
+of the model, so that the order in which an optimizer got them does not matter; plain values lie in
+the metadata.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from peftsurgery.checkpoint import Checkpoint, open_checkpoint
 from peftsurgery.checkpoint import save as write
 from peftsurgery.errors import UsageError
 
+from .allocating import RankAllocator
 from .training import adapter_parameters
 
 META = "peftsurgery.training_state"
@@ -29,12 +32,13 @@ def save_state(
     path: str | Path,
     optimizer: Optimizer | None = None,
     *,
+    allocator: RankAllocator | None = None,
     step: int = 0,
     extra: Mapping[str, object] | None = None,
     overwrite: bool = False,
 ) -> tuple[Path, ...]:
-    """Write the adapters' tensors, the optimizer's state by name, and torch's (CPU and CUDA) and
-    Python's random states. extra: anything JSON holds.
+    """Write the adapters' tensors, the optimizer's state by name, that of AdaLoRA's allocator, and
+    torch's (CPU and CUDA) and Python's random states. extra: anything JSON holds.
 
     UsageError when the optimizer has parameters that are no adapter's.
     """
@@ -55,6 +59,8 @@ def save_state(
                     tensors[f"optimizer/{name}/{key}"] = value.detach()
                 else:
                     plain.setdefault(name, {})[key] = value
+    if allocator is not None:
+        tensors |= {f"allocator/{n}": t for n, t in allocator.state().items()}
     tensors["rng/torch"] = torch.get_rng_state()
     if torch.cuda.is_available():
         for n, state in enumerate(torch.cuda.get_rng_state_all()):
@@ -65,6 +71,7 @@ def save_state(
         "extra": dict(extra or {}),
         "groups": groups,
         "plain": plain,
+        "allocator": None if allocator is None else allocator.settings(),
         "python": [version, list(values), gauss],
     }
     cpu = {n: t.to("cpu").contiguous() for n, t in tensors.items()}
@@ -80,11 +87,16 @@ def _named(names: Mapping[int, str], parameter: Tensor) -> str:
 
 
 def load_state(
-    model: nn.Module, path: str | Path, optimizer: Optimizer | None = None
+    model: nn.Module,
+    path: str | Path,
+    optimizer: Optimizer | None = None,
+    *,
+    allocator: RankAllocator | None = None,
 ) -> tuple[int, dict[str, object]]:
     """Put a state back into a model with the same adapters attached; returns (step, extra).
 
-    UsageError names the first tensor that is missing or has another shape; nothing changes then.
+    UsageError names the first tensor that is missing or has another shape, or the setting of the
+    allocator that differs; nothing changes then.
     """
     checkpoint = open_checkpoint(path)
     text = checkpoint.metadata.get(META)
@@ -102,6 +114,8 @@ def load_state(
             raise UsageError(
                 f"{path}: {name!r} has shape {shape}, expected {tuple(parameter.shape)}."
             )
+    if allocator is not None:
+        _load_allocator(allocator, checkpoint, record.get("allocator"), str(path))
     if optimizer is not None:
         options = {n: g["options"] for g in record["groups"] for n in g["parameters"]}
         _load_optimizer(optimizer, checkpoint, options, record["plain"], live, str(path))
@@ -115,6 +129,24 @@ def load_state(
     version, values, gauss = record["python"]
     random.setstate((version, tuple(values), gauss))
     return record["step"], record["extra"]
+
+
+def _load_allocator(
+    allocator: RankAllocator,
+    checkpoint: Checkpoint,
+    settings: Mapping[str, object] | None,
+    path: str,
+) -> None:
+    if settings is None:
+        raise UsageError(f"{path}: was written without an allocator.")
+    for key, value in allocator.settings().items():
+        if settings.get(key) != value:
+            raise UsageError(
+                f"{path}: the allocator's {key} was {settings.get(key)}, here it is {value}."
+            )
+    start = "allocator/"
+    names = [n for n in checkpoint if n.startswith(start)]
+    allocator.load({n.removeprefix(start): checkpoint[n].torch() for n in names})
 
 
 def _load_optimizer(

@@ -6,6 +6,7 @@ W_k:
     sum      f_k(x) = f_{k-1}(x) + t_k change_k(x)
     input    f_k(x) = f_{k-1}(turned_k(x, t_k))
     output   f_k(x) = mapped_k(f_{k-1}(x), b_{k-1}, t_k)
+    both     f_k(x) = y + t_k (mapped_k(f_{k-1}(turned_k(x, 1)), b_{k-1}, 1) - y), y = f_{k-1}(x)
     dora     f_k(x) = y + t_k (g (y + change_k(x)) - y) + b, y = f_{k-1}(x) - b_{k-1},
              g = m / ||W_{k-1} + ΔW_k||; per-input magnitudes scale x instead
     weight   f_k(x) = layer(x, W_k, b_k)
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftsurgery.algorithms import WeightAdapter
+from peftsurgery.algorithms.base import is_one
 from peftsurgery.algorithms.layer import Layer
 from peftsurgery.errors import UnsupportedError, UsageError
 
@@ -114,16 +116,22 @@ class _Call:
             return self._with_weight(n, x)
         if side == "dora":
             return self._dora(n, x)
-        t = _strength(entry)
+        t = strength_of(entry)
         if side == "input":
-            turned = adapter.turned(_cast(x, adapter), self.layer, t)
-            y = self.output(n - 1, turned.to(x.dtype) if x.is_floating_point() else turned)
-        else:
+            turned = adapter.turned(cast(x, adapter), self.layer, t)
+            return self._biased(n - 1, self.output(n - 1, turned.to(x.dtype)))
+        bias = composed_bias(self.module, self.entries[: n - 1])
+        if side == "output":
             y = self.output(n - 1, x)
-            bias = composed_bias(self.module, self.entries[: n - 1])
-            mapped = adapter.mapped(_cast(y, adapter), self.layer, bias, t)
-            y = mapped.to(y.dtype)
-        return self._biased(n - 1, y)
+            mapped = adapter.mapped(cast(y, adapter), self.layer, bias, t)
+            return self._biased(n - 1, mapped.to(y.dtype))
+        turned = adapter.turned(cast(x, adapter), self.layer, 1.0)
+        y = self.output(n - 1, turned.to(x.dtype))
+        full = adapter.mapped(cast(y, adapter), self.layer, bias, 1.0).to(y.dtype)
+        if not is_one(t):
+            y = self.output(n - 1, x)
+            full = y + t * (full - y)
+        return self._biased(n - 1, full)
 
     def _with_weight(self, n: int, x: Tensor) -> Tensor:
         if runs_plainly(self.module):
@@ -137,7 +145,7 @@ class _Call:
     def _change(self, entry: Entry, x: Tensor) -> Tensor:
         """t-free change of one additive entry, dropout included."""
         adapter, dropout = entry.adapter, entry.dropout
-        h = _cast(x, adapter)
+        h = cast(x, adapter)
         training = self.stack.training
         if training and dropout.inputs and h.is_floating_point():
             h = F.dropout(h, dropout.inputs)
@@ -166,12 +174,12 @@ class _Call:
         if adapter.bias_is_value:
             before = composed_bias(self.module, self.entries[:k])
             change = change if before is None else change.float() - before.float()
-        change = _along(change * _strength(self.entries[k]), y, self.layer.out_axis)
+        change = _along(change * strength_of(self.entries[k]), y, self.layer.out_axis)
         return y + change.to(y.dtype)
 
     def _dora(self, n: int, x: Tensor) -> Tensor:
         entry = self.entries[n - 1]
-        adapter, t = entry.adapter, _strength(entry)
+        adapter, t = entry.adapter, strength_of(entry)
         bias = composed_bias(self.module, self.entries[: n - 1])
         gain = self._magnitude(n)
         on_input = (adapter.magnitude_axis == "in") == (self.layer.kind in ("linear", "conv"))
@@ -195,32 +203,26 @@ class _Call:
         return y if bias is None else y - _along(bias, y, self.layer.out_axis)
 
     def _magnitude(self, n: int) -> Tensor:
-        """g of entry n: m / ||W_{n-1} + ΔW||, zero norms give 1; the norm carries no gradient."""
-        entry = self.entries[n - 1]
-        adapter = entry.adapter
-        assert adapter.magnitude is not None
+        """`WeightAdapter.gain` of entry n on W_{n-1} + ΔW."""
+        adapter = self.entries[n - 1].adapter
         with torch.no_grad():
             weight, _ = composed(self.module, self.entries[: n - 1], rounded=False)
-            direction = adapter.with_direction(weight)
-            axis = 0 if adapter.magnitude_axis == "out" else 1
-            others = [d for d in range(direction.ndim) if d != axis]
-            norm = torch.linalg.vector_norm(direction, dim=others)
-            live = norm > 0
-            inverse = torch.where(live, 1 / torch.where(live, norm, 1.0), 0.0)
-        return adapter.magnitude.float() * inverse + (~live)
+            direction = adapter.added(weight)
+        return adapter.gain(direction)
 
 
-def _cast(x: Tensor, adapter: WeightAdapter) -> Tensor:
+def cast(x: Tensor, adapter: WeightAdapter) -> Tensor:
     """x in the dtype of the adapter's tensors, unless autocast decides."""
-    if not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
-        return x
     for tensor in adapter._parameters.values():
-        if tensor is not None:
-            return x if x.dtype == tensor.dtype else x.to(tensor.dtype)
+        if tensor is None:
+            continue
+        same = x.dtype == tensor.dtype or not x.is_floating_point()
+        return x if same or torch.is_autocast_enabled(x.device.type) else x.to(tensor.dtype)
     return x
 
 
-def _strength(entry: Entry) -> float | Tensor:
+def strength_of(entry: Entry) -> float | Tensor:
+    """t as a number, or as a tensor in a compiled graph, which must not depend on it."""
     return entry.gain if torch.compiler.is_compiling() else entry.strength
 
 

@@ -16,6 +16,7 @@ from peftsurgery.errors import UnsupportedError, UsageError
 from .controls import require
 from .hosting import stack_of
 from .loading import components_of, spellings
+from .replication import replicated_ranges
 from .stack import Entry, slot_path
 from .targets import hosts
 
@@ -136,4 +137,9 @@ def _component(module: nn.Module, family: str) -> str:
 
 def _config(module: nn.Module) -> dict[str, object]:
     name = getattr(getattr(module, "config", None), "_name_or_path", None)
-    return {"base_model_name_or_path": name} if isinstance(name, str) and name else {}
+    found: dict[str, object] = {}
+    if isinstance(name, str) and name:
+        found["base_model_name_or_path"] = name
+    if ranges := replicated_ranges(module):
+        found["layer_replication"] = [list(pair) for pair in ranges]
+    return found

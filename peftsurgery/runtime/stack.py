@@ -60,9 +60,11 @@ class Entry:
         self.name, self.adapter, self.origin = name, adapter, origin
         self.parameter, self.bias = parameter, bias
         self.slot: int | None = None
+        self.original: Tensor | None = None  # the base's weight, where the start replaced it
         self.dropout = dropout or Dropout()
         self.strength = 1.0
         self.side = "sum"
+        self.plain = False  # nothing but the map: no dropout, no origin, no bias
         self.gain = torch.ones(())  # the strength as a tensor: changing it recompiles nothing
 
     def settle(self, layer: Layer) -> None:
@@ -71,6 +73,7 @@ class Entry:
         """
         adapter, kind = self.adapter, layer.kind
         side = adapter.side
+        self.plain = not self.dropout and self.origin is None and adapter.bias is None
         simple = kind in ("linear", "conv", "hf_conv1d", "embedding")
         if not simple or adapter.padded_shape is not None or layer.max_norm is not None:
             side = "weight"
@@ -79,7 +82,8 @@ class Entry:
             narrow = layer.groups == 1 and kind in ("linear", "conv")
             side = "dora" if adapter.magnitude_axis == forward_axis or narrow else "weight"
         elif (side == "sum" and not adapter.additive) or (
-            side in ("input", "output") and (layer.groups > 1 or kind not in ("linear", "conv"))
+            side in ("input", "output", "both")
+            and (layer.groups > 1 or kind not in ("linear", "conv"))
         ):
             side = "weight"
         if side not in ("sum", "dora") and (self.dropout.inputs or self.dropout.rows):
@@ -121,6 +125,7 @@ class Stack(nn.Module):
     def __init__(self, layer: Layer) -> None:
         super().__init__()
         self.layer = layer
+        self.whole = False  # `Layer.apply` is all the module's own forward does
         self.entries: list[Entry] = []
         self.active: tuple[str, ...] | None = None  # None: all, in the order attached
         self.rows: tuple[tuple[str, ...], ...] | None = None  # active names per row of the batch
@@ -157,7 +162,10 @@ class Stack(nn.Module):
         if self.rows is not None and not self.disabled and self.backup is None:
             entries = tuple(self.entries)
         self.plan: tuple[Entry, ...] = entries
-        self.sums = all(entry.side == "sum" for entry in entries)
+        # the one entry in force, where it is all there is to do: see `single`
+        alone = len(entries) == 1 and self.rows is None
+        self.single = entries[0] if alone and entries[0].plain else None
+        self.folding: dict[tuple[object, ...], bool] = {}  # what `single` decided, by shape of x
 
     def remove(self, name: str) -> None:
         """Drop the adapter of that name, if it is here."""

@@ -14,11 +14,18 @@ from peftsurgery.algorithms import (
     HRA,
     IA3,
     OFT,
+    AdaLoRA,
+    Bat,
+    DeLoRA,
     Full,
     GLoRA,
+    HiRA,
     LoHa,
     LoKr,
     LoRA,
+    RoAd,
+    SHiRA,
+    Tokens,
     WeightAdapter,
 )
 
@@ -156,8 +163,52 @@ def make_full(shape: tuple[int, ...], rng: Generator, dtype: torch.dtype) -> Ful
     return Full(draw(rng, *shape, dtype=dtype), scale=number(rng))
 
 
+def make_delora(shape: tuple[int, ...], rng: Generator, dtype: torch.dtype) -> DeLoRA:
+    o, n = shape[0], size(shape[1:])
+    tensors = [draw(rng, *s, dtype=dtype) for s in ((o, 3), (3, n), (1,), (n,))]
+    return DeLoRA(*tensors, scale=number(rng))
+
+
+def delora(a: WeightAdapter, shape: tuple[int, ...]) -> Tensor:
+    """Term by term."""
+    up, down, bound = (get(a, n) for n in ("up", "down", "bound"))
+    terms = [torch.outer(u / u.norm(), v / v.norm()) for u, v in zip(up.T, down, strict=True)]
+    return (bound * sum(terms) / len(terms) * get(a, "norms")).reshape(shape)
+
+
+def make_adalora(shape: tuple[int, ...], rng: Generator, dtype: torch.dtype) -> AdaLoRA:
+    o, i, *k = shape
+    e = draw(rng, 3, 1, dtype=dtype)
+    down = draw(rng, 3, i, *k, dtype=dtype)
+    return AdaLoRA(draw(rng, o, 3, dtype=dtype), e, down, scale=number(rng))
+
+
+def adalora(a: WeightAdapter, shape: tuple[int, ...]) -> Tensor:
+    e = torch.diag(get(a, "e").reshape(-1))
+    return (get(a, "up") @ e @ get(a, "down").flatten(1)).reshape(shape)
+
+
+def make_shira(shape: tuple[int, ...], rng: Generator, dtype: torch.dtype) -> SHiRA:
+    rows, columns = shape[0], size(shape[1:])
+    own = torch.arange(min(rows, columns))  # the diagonal, so that the rank is full
+    count = rows * columns // 2
+    row = torch.cat([own, torch.randint(0, rows, (count,), generator=rng)])
+    column = torch.cat([own, torch.randint(0, columns, (count,), generator=rng)])
+    places = torch.stack([row, column]).to(torch.int32)
+    return SHiRA(draw(rng, len(row), dtype=dtype), places, sized=shape, scale=number(rng))
+
+
+def shira(a: Any, shape: tuple[int, ...]) -> Tensor:
+    found = torch.zeros(shape[0], size(shape[1:]), dtype=torch.float64)
+    for value, row, column in zip(get(a, "values"), *a.indices.tolist(), strict=True):
+        found[row, column] += value
+    return found.reshape(shape)
+
+
 CASES = (
     Case("lora", make_lora, lora, MATRIX),
+    Case("adalora", make_adalora, adalora, MATRIX),
+    Case("shira", make_shira, shira, MATRIX),
     Case("lora-dylora", make_dylora, lora, KERNEL),
     Case("lora-tucker", make_tucker, tucker, KERNEL),
     Case("loha", make_loha, loha, MATRIX),
@@ -167,6 +218,7 @@ CASES = (
     Case("lokr-both", make_lokr("both"), lokr, MATRIX),
     Case("lokr-deep", make_lokr("deep"), lokr, KERNEL),
     Case("lokr-tucker", make_lokr("tucker"), lokr, KERNEL),
+    Case("delora", make_delora, delora, ("linear", "embedding")),
     Case("full", make_full, lambda a, shape: get(a, "diff").reshape(shape), tuple(LAYERS)),
 )
 
@@ -341,7 +393,69 @@ def glora(a: Any, weight: Tensor) -> Tensor:
     return weight + float(a.scale) * (seen + added)
 
 
+def make_road(variant: int) -> Callable[..., WeightAdapter]:
+    def make(shape: tuple[int, ...], rng: Generator, dtype: torch.dtype) -> RoAd:
+        n = shape[0] * variant // 2
+        theta, radius = draw(rng, n, dtype=dtype), (1 + 0.3 * draw(rng, n)).to(dtype)
+        return RoAd(theta, radius, variant=variant, group=2)
+
+    return make
+
+
+def road(a: Any, weight: Tensor) -> Tensor:
+    """The 2 x 2 blocks of pairs of neighbours, element by element."""
+    theta, radius = get(a, "theta"), get(a, "radius")
+    total = torch.zeros(len(weight), len(weight), dtype=theta.dtype)
+    for pair in range(len(weight) // 2):
+        j, k = 2 * pair, 2 * pair + 1
+        four = [2 * j, 2 * j + 2, 2 * j + 1, 2 * j + 3]  # of a group both cosines, both sines
+        c0, s0, c1, s1 = {1: [pair] * 4, 2: [j, j, k, k], 4: four}[a.variant]
+        total[j, j] = radius[c0] * theta[c0].cos()
+        total[j, k] = -radius[s0] * theta[s0].sin()
+        total[k, k] = radius[c1] * theta[c1].cos()
+        total[k, j] = radius[s1] * theta[s1].sin()
+    return on_rows(weight, total)
+
+
+def make_hira(shape: tuple[int, ...], rng: Generator, dtype: torch.dtype) -> HiRA:
+    o, i, *k = shape
+    up, down = draw(rng, o, 3, *[1] * len(k), dtype=dtype), draw(rng, 3, i, *k, dtype=dtype)
+    return HiRA(up, down, scale=number(rng))
+
+
+def hira(a: Any, weight: Tensor) -> Tensor:
+    up, down = get(a, "up").flatten(1), get(a, "down").flatten(1)
+    gain = torch.einsum("or,ri->oi", up, down).reshape(weight.shape)
+    return weight * (1 + float(a.scale) * gain)
+
+
+def make_tokens(shape: tuple[int, ...], rng: Generator, dtype: torch.dtype) -> Tokens:
+    return Tokens(draw(rng, 3, shape[1], dtype=dtype), indices=(8, 0, 5))
+
+
+def tokens(a: Any, weight: Tensor) -> Tensor:
+    result = weight.clone()
+    for row, value in zip(a.indices, get(a, "values"), strict=True):
+        result[row] = value
+    return result
+
+
+def make_bat(shape: tuple[int, ...], rng: Generator, dtype: torch.dtype) -> Bat:
+    return Bat(0.5 * draw(rng, shape[0] // 2, 2, 2).to(dtype))
+
+
+def bat(a: Any, weight: Tensor) -> Tensor:
+    block, flat = get(a, "block"), weight.flatten(1)
+    result = flat.clone()
+    for k in range(len(block)):
+        for c in range(flat.shape[1] // 2):
+            rows, columns = slice(2 * k, 2 * k + 2), slice(2 * c, 2 * c + 2)
+            result[rows, columns] += flat[rows, columns] @ block[k] + block[k]
+    return result.reshape(weight.shape)
+
+
 MAP_CASES = (
+    MapCase("bat", make_bat, bat),
     MapCase("oft-neumann", make_oft(2, series=5), oft),
     MapCase("oft-neumann-old", make_oft(2, series=5, half_last=False), oft),
     MapCase("oft-exact", make_oft(2, inverse=True), oft),
@@ -357,6 +471,11 @@ MAP_CASES = (
     MapCase("ia3-out", make_ia3("out", False), ia3),
     MapCase("ia3-in", make_ia3("in", False), ia3),
     MapCase("ia3-centred", make_ia3("in", True), ia3),
+    MapCase("road-1", make_road(1), road),
+    MapCase("road-2", make_road(2), road),
+    MapCase("road-4", make_road(4), road),
+    MapCase("hira", make_hira, hira),
+    MapCase("tokens", make_tokens, tokens, ("linear", "embedding")),
     MapCase("glora", make_glora(False), glora),
     MapCase("glora-tucker", make_glora(True), glora, KERNEL),
 )

@@ -10,6 +10,7 @@ from peftsurgery.algorithms import ALGORITHMS, Full, LoRA, Replace, WeightAdapte
 from peftsurgery.algorithms.layer import Layer
 from peftsurgery.errors import UsageError
 from tests.algorithms.cases import ALL, CASES, IDS, LAYERS, MAP_CASES, Case, close, draw
+from tests.algorithms.sized_cases import SIZED
 
 every = pytest.mark.parametrize(("case", "layer"), ALL, ids=IDS)
 
@@ -20,7 +21,7 @@ def expected(case: Case, adapter: WeightAdapter, shape: tuple[int, ...]) -> torc
 
 def test_the_registry_names_every_class() -> None:
     assert all(cls.algorithm == name for name, cls in ALGORITHMS.items())
-    cases = {case.name.partition("-")[0] for case in (*CASES, *MAP_CASES)}
+    cases = {case.name.partition("-")[0] for case in (*CASES, *MAP_CASES, *SIZED)}
     assert cases | {"set"} == set(ALGORITHMS)
 
 

@@ -17,6 +17,7 @@ from peftsurgery.algorithms import (
     Full,
     GLoRA,
     LoRA,
+    RoAd,
     WeightMap,
     difference,
 )
@@ -44,7 +45,11 @@ def test_the_map_is_the_formula(
         assert found.dtype == torch.float32
         close(found, weight.double() + strength * (wanted - weight.double()), 5e-6)
         assert new_bias is not None
-        assert torch.equal(new_bias, bias)
+        if isinstance(adapter, RoAd):  # rotated with the weight
+            wanted_bias = case.formula(adapter, bias.double()[:, None])[:, 0]
+            close(new_bias, bias + strength * (wanted_bias - bias), 5e-6)
+        else:
+            assert torch.equal(new_bias, bias)
     assert torch.equal(adapter.merged(weight, strength=0)[0], weight.float())
     close(adapter.delta(weight), wanted - weight.double(), 2e-5)
     assert torch.equal(weight, kept), "the weight was written to"
@@ -147,6 +152,11 @@ def test_activations_equal_the_merged_weight(case: MapCase, layer: str, rng: Gen
         if adapter.side == "input":
             turned = adapter.turned(x, described, strength)
             close(described.apply(turned, weight, bias), wanted, 1e-5)
+        elif adapter.side == "both":
+            y = described.apply(x, weight, bias)
+            inner = described.apply(adapter.turned(x, described, 1.0), weight, bias)
+            full = adapter.mapped(inner, described, bias, 1.0)
+            close(y + strength * (full - y), wanted, 1e-5)
         else:
             y = described.apply(x, weight, bias)
             close(adapter.mapped(y, described, bias, strength), wanted, 1e-5)
@@ -190,6 +200,11 @@ FRESH: list[tuple[str, dict[str, Any]]] = [
     ("ia3", {}),
     ("ia3", {"acts_on": "in"}),
     ("glora", {"rank": 3}),
+    ("road", {"group": 2}),
+    ("road", {"group": 6, "variant": 2}),
+    ("road", {"group": 4, "variant": 4}),
+    ("hira", {"rank": 3}),
+    ("hira", {"rank": 40}),
 ]
 
 

@@ -60,12 +60,15 @@ def narrowed(shapes: Shapes, divisor: int = 64) -> Shapes:
 
 
 def filled(shapes: Shapes, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensors:
-    """Seeded normal numbers in these shapes; alphas run from 1 to 8, whatever the rank."""
+    """Seeded normal numbers in these shapes; alphas run from 1 to 8, whatever the rank;
+    places are whole numbers."""
     generator = torch.Generator().manual_seed(seed)
     tensors: Tensors = {}
     for index, (key, shape) in enumerate(shapes.items()):
-        if key.endswith("alpha"):
+        if key.endswith(".alpha"):
             tensors[key] = torch.tensor(float(1 + index % 8))
+        elif key.endswith(".shira_indices"):
+            tensors[key] = torch.randint(0, 8, shape, generator=generator, dtype=torch.int32)
         else:
             tensors[key] = torch.randn(shape, generator=generator).to(dtype)
     return tensors

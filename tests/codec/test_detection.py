@@ -14,8 +14,9 @@ import torch
 
 from peftsurgery.algorithms import difference
 from peftsurgery.codec import AmbiguousArchitecture, load_adapter
-from peftsurgery.codec.keys import UNSUPPORTED, unsupported_algorithm
+from peftsurgery.codec.foreign import FOREIGN, foreign_key
 from peftsurgery.errors import UnsupportedError, UsageError
+from peftsurgery.layouts import KOHYA
 from peftsurgery.operations.convert import convert
 from peftsurgery.operations.inspect import inspect
 from tests.codec.build import KEYS, filled, listing, narrowed, shapes_of, thinned, write
@@ -46,7 +47,7 @@ def lycoris_file(folder: Path, name: str) -> tuple[Path, Path]:
 
 
 def foreign(name: str) -> bool:
-    return any(unsupported_algorithm(key) for key in shapes_of(name))
+    return any(foreign_key(key) for key in shapes_of(name))
 
 
 @pytest.mark.parametrize("name", GENERATED)
@@ -61,12 +62,14 @@ def test_generated_listings_are_read_or_refused_by_name(name: str, tmp_path: Pat
         with pytest.raises(UnsupportedError, match="recognises but does not handle") as caught:
             convert(source, out, to="lycoris", base=base)
         assert caught.value.exit_code == 3
-        key = next(k for k in sorted(shapes_of(name)) if unsupported_algorithm(k))
-        assert str(unsupported_algorithm(key)) in str(caught.value)
+        method = next(filter(None, map(foreign_key, sorted(shapes_of(name)))))
+        assert method.name in str(caught.value)
+        assert method.reason in str(caught.value)
         return
     adapter = load_adapter(source, base=base)
     assert sum(len(m.tensors()) for m in adapter.modules.values()) >= len(adapter.modules)
-    maps = any(not m.additive and m.magnitude is None for m in adapter.modules.values())
+    maps = any(m.algorithm not in KOHYA.algorithms for m in adapter.modules.values())
+    maps |= any(not m.additive and m.magnitude is None for m in adapter.modules.values())
     if "replication" in name or "to_save" in name or "bias_all" in name or (peft and maps):
         out, to = tmp_path / "out", "peft"
     else:
@@ -81,11 +84,11 @@ def test_generated_listings_are_read_or_refused_by_name(name: str, tmp_path: Pat
 
 
 EXAMPLES = {
-    "bone_block": "MiSS/Bone", "pvera_lambda_b": "PVeRA", "hira_A": "HiRA", "beft_bias": "BEFT",
+    "pvera_lambda_b": "PVeRA", "beft_bias": "BEFT",
     "tinylora_v.0": "TinyLoRA", "osf_svd_params.U_low": "OSF", "psoft_R.weight": "PSOFT",
     "peanut_A.weight": "PEANuT", "deft_P": "DEFT", "lily_A.weight": "LiLy", "frod_x": "FRoD",
-    "unilora_theta_d": "UniLoRA", "poly_lora_A": "Poly", "shadow_A.weight": "Shadow",
-    "supertuning_x": "SuperTuning", "oft_diag": "OFT in an older form",
+    "unilora_theta_d": "UniLoRA", "adamss_A.3": "AdaMSS", "poly_lora_A": "Poly",
+    "shadow_A.weight": "Shadow", "supertuning_x": "SuperTuning", "oft_diag": "OFT in an older form",
     "oft_r": "OFT of PEFT before 0.16", "initial_norm": "OFT with DoRA", "glora_C.Xd": "five terms",
     "q_layer.weight": "T-LoRA", "adapter_down.0.weight": "bottleneck", "bias_indices": "sparse",
     "adaption_gate": "Llama-Adapter", "internal_xlora_classifier.l.w": "X-LoRA",
@@ -107,8 +110,7 @@ def test_every_other_suffix_is_refused_by_name(suffix: str, tmp_path: Path) -> N
 def test_every_family_of_suffixes_has_an_example() -> None:
     keys = [f"x.{suffix}" for suffix in EXAMPLES]
     keys += [key for name in GENERATED for key in shapes_of(name)]
-    named = {unsupported_algorithm(key) for key in keys}
-    assert {name for _, name in UNSUPPORTED} <= named
+    assert set(FOREIGN) <= {foreign_key(key) for key in keys}
 
 
 def lora(*names: str, out: int = 640, into: int = 768) -> Tensors:

@@ -299,3 +299,44 @@ def test_same_input_same_bytes(tmp_path: Path, base: Path) -> None:
     assert (tmp_path / "one.safetensors").read_bytes() == (
         tmp_path / "two.safetensors"
     ).read_bytes()
+
+
+def test_lokr_of_the_most_exact_cut(tmp_path: Path, base: Path) -> None:
+    """Changes that are Kronecker products of another cut than the near-square one, with as many
+    numbers."""
+    cuts = {(24, 24): (2, 8), (12, 24): (2, 6), (24, 40): (2, 10)}
+    random = torch.Generator().manual_seed(16)
+
+    def change(name: str, weight: torch.Tensor) -> torch.Tensor | None:
+        if "_proj" not in name:
+            return None
+        a, c = cuts[tuple(weight.shape)]
+        sides = weight.shape[0] // a, weight.shape[1] // c
+        first = torch.randn(a, c, generator=random)
+        return torch.kron(first, torch.randn(sides, generator=random) / 4)
+
+    tuned = tuned_copy(base, tmp_path / "tuned", change)
+    loss = {}
+    for factor in (-1, None):
+        out = tmp_path / f"{factor}.safetensors"
+        report = ps.extract(
+            tuned, base, out, algorithm="lokr", factor=factor, to="lycoris", dtype="fp32"
+        )
+        loss[factor] = report.loss
+        found = held(out, base)
+        gone = sum(
+            float((delta - found[name.removesuffix(".weight")]).square().sum())
+            for name, delta in deltas(tuned, base).items()
+        )
+        whole = sum(float(delta.square().sum()) for delta in deltas(tuned, base).values())
+        assert report.loss == pytest.approx(math.sqrt(gone / whole), rel=1e-4, abs=1e-6)
+    assert loss[-1] > 0.3
+    assert loss[None] < 0.02  # the weights are bf16
+    with pytest.raises(UnsupportedError, match="--factor auto"):
+        ps.extract(tuned, base, tmp_path / "peft", algorithm="lokr", factor=None, to="peft")
+    arguments = ["extract", str(tuned), str(base), "-o", str(tmp_path / "c.safetensors")]
+    arguments += ["--algorithm", "lokr", "--to", "lycoris", "--dtype", "fp32", "--factor"]
+    assert CliRunner().invoke(main, [*arguments, "0"]).exit_code == 2
+    assert CliRunner().invoke(main, [*arguments, "auto"]).exit_code == 0
+    again = held(tmp_path / "c.safetensors", base)
+    assert all(torch.equal(delta, found[path]) for path, delta in again.items())

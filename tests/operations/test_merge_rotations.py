@@ -1,5 +1,5 @@
-"""Merging OFT, BOFT, HRA, IA3 and GLoRA into checkpoints: by tiles, with biases, at every
-strength, in stacks; and their conversion to LoRA beside a base."""
+"""Merging maps of the weight (OFT, IA3, RoAd, HiRA, …) into checkpoints: by tiles, with biases, at
+every strength, in stacks; and their conversion to LoRA beside a base."""
 
 # peft is typed loosely
 # pyright: reportArgumentType=false
@@ -14,12 +14,25 @@ from torch import Tensor
 
 import peftsurgery as ps
 from peftsurgery.adapter import Adapter
-from peftsurgery.algorithms import BOFT, HRA, IA3, OFT, GLoRA, LoRA, WeightAdapter
+from peftsurgery.algorithms import (
+    BOFT,
+    HRA,
+    IA3,
+    OFT,
+    DeLoRA,
+    GLoRA,
+    HiRA,
+    LoRA,
+    RoAd,
+    Tokens,
+    WeightAdapter,
+)
 from peftsurgery.errors import CheckFailed, UnsupportedError
 from peftsurgery.operations import apply
 from tests.operations.merging import random, state, write
 
 OUT, IN = 24, 12
+SHAPES = {"weight": (OUT // 2, IN), "bias": (OUT // 2,)}
 Make = Callable[[Callable[..., Tensor]], WeightAdapter]
 MAPS: dict[str, Make] = {
     "oft_in": lambda r: OFT(0.3 * r(3, 6), series=5),
@@ -34,6 +47,11 @@ MAPS: dict[str, Make] = {
     "ia3_out": lambda r: IA3(1 + 0.5 * r(OUT, 1), on_bias=True),
     "ia3_in": lambda r: IA3(1 + 0.5 * r(1, IN), acts_on="in"),
     "glora": lambda r: GLoRA(r(IN, 2), r(2, IN), r(OUT, 2), r(2, IN), scale=0.3),
+    "road_1": lambda r: RoAd(r(OUT // 2), 1 + 0.3 * r(OUT // 2), variant=1, group=6),
+    "road_4": lambda r: RoAd(r(OUT * 2), 1 + 0.3 * r(OUT * 2), variant=4, group=4),
+    "delora": lambda r: DeLoRA(r(OUT, 3), r(3, IN), 4 + r(1), r(IN)),
+    "hira": lambda r: HiRA(r(OUT, 3), r(3, IN)),
+    "tokens": lambda r: Tokens(r(3, IN), indices=(20, 3, 7)),
 }
 
 
@@ -73,7 +91,7 @@ def test_tiles_give_the_whole_map(
         torch.testing.assert_close(got, wanted.detach(), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(found["block.proj.weight"], before["block.proj.weight"], atol=0.01)
     moved = not torch.equal(found["block.proj.bias"], before["block.proj.bias"])
-    assert moved == (name == "ia3_out")
+    assert moved == (name in ("ia3_out", "road_1", "road_4"))
     assert torch.equal(found["other.x"], before["other.x"])
 
 
@@ -94,6 +112,44 @@ def test_a_stack_is_the_composition_of_its_maps(relative: str, tmp_path: Path) -
     torch.testing.assert_close(found["block.proj.weight"], weight, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_tokens_behind_the_last_row_make_the_vocabulary_grow(
+    strength: float, tmp_path: Path
+) -> None:
+    draw = random(6)
+    source = write(tmp_path / "base.safetensors", {"block.proj.weight": draw(OUT, IN)})
+    module = Tokens(draw(3, IN), indices=(OUT + 1, 5, OUT))
+    if strength != 1:
+        with pytest.raises(CheckFailed, match=r"no meaning at strength 0\.5"):
+            merged(tmp_path, source, (adapter_of(block__proj=module), strength))
+        return
+    found = merged(tmp_path, source, (adapter_of(block__proj=module), strength))
+    wanted = torch.cat([state(source)["block.proj.weight"], torch.zeros(2, IN)])
+    assert module.values is not None
+    wanted[[OUT + 1, 5, OUT]] = module.values.detach()
+    assert torch.equal(found["block.proj.weight"], wanted)
+    assert torch.equal(module.merged(state(source)["block.proj.weight"])[0], wanted)
+    gap = Tokens(draw(1, IN), indices=(OUT + 1,))
+    with pytest.raises(CheckFailed, match="Resize the base"):
+        merged(tmp_path, source, (adapter_of(block__proj=gap), 1.0))
+
+
+def test_rotations_of_the_bias_are_cut_where_the_base_stores_parts(tmp_path: Path) -> None:
+    draw = random(7)
+    tensors = {f"block.{n}.{w}": draw(*s) for n in ("a", "b") for w, s in SHAPES.items()}
+    source = write(tmp_path / "base.safetensors", tensors)
+    module = MAPS["road_4"](draw)
+    found = merged(tmp_path, source, (adapter_of(**{"block__[a,b]": module}), 0.6))
+    for place, name in enumerate("ab"):
+        part = module.on((OUT, IN)).rows(place * OUT // 2, (place + 1) * OUT // 2)
+        weight, bias = part.merged(
+            tensors[f"block.{name}.weight"], tensors[f"block.{name}.bias"], 0.6
+        )
+        assert bias is not None
+        torch.testing.assert_close(found[f"block.{name}.weight"], weight.detach())
+        torch.testing.assert_close(found[f"block.{name}.bias"], bias.detach())
+
+
 def test_a_map_of_another_size_does_not_land(tmp_path: Path) -> None:
     draw = random(3)
     source = base(tmp_path, draw)
@@ -112,7 +168,7 @@ def test_a_lora_made_of_it_beside_its_base_does_the_same(name: str, tmp_path: Pa
     layout = "lycoris" if name in ("oft_out", "boft_out", "glora") else "peft"
     first = tmp_path / ("src" if layout == "peft" else "src.safetensors")
     ps.save_adapter(known, first, layout=layout)
-    if layout == "peft":  # flattened names need the base anyhow
+    if layout == "peft" and not module.additive:  # flattened names need the base anyhow
         with pytest.raises(UnsupportedError, match="--base"):
             ps.convert(first, written, to="peft", algorithm="lora", architecture="generic")
     ps.convert(first, written, to="peft", algorithm="lora", base=source, architecture="generic")

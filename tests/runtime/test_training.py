@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+from peft.optimizers import create_loraplus_optimizer
 from torch import Generator, nn
 
 from peftsurgery import runtime
 from peftsurgery.algorithms import LoRA
-from peftsurgery.errors import UsageError
+from peftsurgery.errors import UnsupportedError, UsageError
 from tests.algorithms.cases import close
+from tests.runtime import small
 from tests.runtime.models import WEIGHTS, Layers, ids, layers, scramble
 
 
@@ -45,6 +48,46 @@ def test_lora_plus_groups(rng: Generator) -> None:
     runtime.detach(model)
     with pytest.raises(UsageError, match="no adapter tensor requires a gradient"):
         runtime.param_groups(model, 1e-3)
+
+
+def test_lora_plus_groups_are_pefts() -> None:
+    """The same rate for every tensor; ours have one for embeddings only when asked."""
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"])
+    theirs = peft.get_peft_model(small.llama(), config)
+    optimizer = create_loraplus_optimizer(
+        theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=8.0, loraplus_weight_decay=0.02
+    )
+    names = {id(p): n for n, p in theirs.named_parameters()}
+    wanted = {
+        names[id(p)].replace(".default", "").replace(".weight", ""): (g["lr"], g["weight_decay"])
+        for g in optimizer.param_groups
+        for p in g["params"]
+    }
+    model = small.llama()
+    runtime.attach(model, "lora", targets=["q_proj", "embed_tokens"], rank=2)
+    groups = runtime.param_groups(
+        model, 1e-3, lora_plus_ratio=8.0, weight_decay=0.02, embedding_lr=1e-6
+    )
+    got = {}
+    for group in groups:
+        for name in group["parameter_names"]:  # type: ignore[union-attr]
+            path, _, factor = name.partition(".adapters.default.")
+            side = {"up": "B", "down": "A"}[factor]
+            if path.endswith("embed_tokens"):  # PEFT's are of the transposed weight
+                side = "embedding_" + {"A": "B", "B": "A"}[side]
+            got[f"base_model.model.{path}.lora_{side}"] = group["lr"], group["weight_decay"]
+    assert got == wanted
+    assert {rate for rate, _ in got.values()} == {1e-3, 8e-3, 1e-6}
+
+
+@pytest.mark.parametrize("name", ["prompt_tuning", "prefix-tuning", "P_TUNING", "xlora", "poly"])
+def test_methods_that_are_known_and_not_here(name: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 3))
+    with pytest.raises(UnsupportedError, match=f"'{name}' cannot be attached. .*PEFT|run"):
+        runtime.attach(model, name, targets="0")
+    with pytest.raises(UnsupportedError, match=f"'{name}' cannot be attached"):
+        runtime.attach(model, {"0": name})
+    assert type(model[0]) is nn.Linear
 
 
 def test_check_gradients_names_what_was_not_reached(rng: Generator) -> None:

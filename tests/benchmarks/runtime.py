@@ -1,0 +1,481 @@
+"""How fast and how big a training step with adapters is, beside PEFT, LyCORIS and a LoRA by hand.
+
+    python tests/benchmarks/runtime.py             # both models, all rounds: some minutes
+    python tests/benchmarks/runtime.py --quick     # few rounds
+    python tests/benchmarks/runtime.py --only lora,hra --model small
+
+A benchmark and not a test: it prints figures, targets and whether they were met, and always ends
+with 0. The models are llamas from a config: "wide" with d = 512, 4 layers, 4 x 64 tokens, where
+arithmetic counts, and "small" with d = 64, 4 layers, 1 x 8 tokens, where calls count. Every linear
+layer has an adapter with the same number of trained values in every tool; all values are drawn.
+
+* step: forward, backward and optimizer (fused AdamW), in CPU seconds of one thread, which
+  neighbours on the machine lengthen less than seconds on the wall. Every round runs every tool once, in an
+  order that turns; a ratio is of two figures of one round, the median over the rounds is shown.
+* memory: the most that one step takes on top of what lies there before it (VmHWM less VmRSS), in a
+  process of its own where freed blocks go back to the system at once.
+* attach: a llama of 1.1 billion values on the meta device, every linear layer, least of some runs.
+* recompiles: graphs dynamo makes, counted, after the first call of a compiled model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import math
+import os
+import re
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.benchmarks.processes import run  # noqa: E402
+
+OURS, HAND, PEFT, LYCORIS = "ours", "by hand", "PEFT", "LyCORIS"
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+RANK = 8
+TRIM = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+
+Options = dict[str, object]
+Step = Callable[[], None]
+
+
+# models -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Size:
+    """A llama and a batch for it."""
+
+    width: int
+    inner: int
+    heads: int
+    batch: int
+    tokens: int
+    rounds: int
+    layers: int = 4
+
+    def model(self) -> nn.Module:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=256,
+            hidden_size=self.width,
+            intermediate_size=self.inner,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            use_cache=False,
+        )
+        return LlamaForCausalLM(config)
+
+    def ids(self) -> Tensor:
+        generator = torch.Generator().manual_seed(1)
+        return torch.randint(0, 256, (self.batch, self.tokens), generator=generator)
+
+
+SIZES = {
+    "wide": Size(512, 1376, 8, 4, 64, 10),
+    "small": Size(64, 176, 4, 1, 8, 60),
+}
+
+
+class ByHand(nn.Module):
+    """The shortest LoRA."""
+
+    def __init__(self, base: nn.Linear, rank: int, scale: float) -> None:
+        super().__init__()
+        self.base, self.scale = base, scale
+        self.down = nn.Parameter(torch.empty(rank, base.in_features))
+        self.up = nn.Parameter(torch.zeros(base.out_features, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + F.linear(F.linear(x, self.down), self.up) * self.scale
+
+
+# adapters -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One algorithm in every tool: our `attach`, the name and fields of PEFT's config, LyCORIS's
+    options, and how many times faster than PEFT it is asked to be.
+    """
+
+    algorithm: str
+    ours: Options = field(default_factory=dict)
+    peft: tuple[str, Options] | None = None
+    lycoris: Options | None = None
+    by_hand: bool = False
+    target: float = 1.0
+
+
+ROWS: dict[str, Row] = {
+    "lora": Row(
+        "lora",
+        {"rank": RANK, "alpha": 16},
+        ("LoraConfig", {"r": RANK, "lora_alpha": 16}),
+        {"algo": "lora", "linear_dim": RANK, "linear_alpha": 16},
+        by_hand=True,
+    ),
+    "dora": Row(
+        "lora",
+        {"rank": RANK, "alpha": 16, "dora": True},
+        ("LoraConfig", {"r": RANK, "lora_alpha": 16, "use_dora": True}),
+        {"algo": "lora", "linear_dim": RANK, "linear_alpha": 16, "dora_wd": True},
+        target=1.2,
+    ),
+    "loha": Row(
+        "loha",
+        {"rank": RANK, "alpha": 16},
+        ("LoHaConfig", {"r": RANK, "alpha": 16}),
+        {"algo": "loha", "linear_dim": RANK, "linear_alpha": 16},
+        target=1.4,
+    ),
+    "lokr": Row(
+        "lokr",
+        {"rank": RANK, "alpha": 16},
+        ("LoKrConfig", {"r": RANK, "alpha": 16}),
+        {"algo": "lokr", "linear_dim": RANK, "linear_alpha": 16, "factor": -1},
+        target=1.5,
+    ),
+    "oft": Row(
+        "oft",
+        {"block_size": 16},
+        ("OFTConfig", {"oft_block_size": 16, "r": 0}),
+        {"algo": "diag-oft", "linear_dim": 16, "linear_alpha": 1e9},
+    ),
+    "boft": Row(
+        "boft",
+        {"block_size": 8},
+        ("BOFTConfig", {"boft_block_size": 8, "boft_block_num": 0}),
+        target=4.0,
+    ),
+    "hra": Row("hra", {"rank": RANK}, ("HRAConfig", {"r": RANK}), target=4.0),
+    "ia3": Row(
+        "ia3",
+        {},
+        ("IA3Config", {"feedforward_modules": []}),
+        {"algo": "ia3"},
+    ),
+    "glora": Row("glora", {"rank": RANK}, None, {"algo": "glora", "linear_dim": RANK}),
+    "adalora": Row(
+        "adalora",
+        {"rank": RANK},
+        ("AdaLoraConfig", {"init_r": RANK, "target_r": RANK, "total_step": 1000}),
+    ),
+    "vera": Row("vera", {"rank": RANK}, ("VeraConfig", {"r": RANK})),
+    "fourierft": Row("fourierft", {"rank": 64}, ("FourierFTConfig", {"n_frequency": 64})),
+    "miss": Row("miss", {"rank": RANK}, ("MissConfig", {"r": RANK})),
+    "shira": Row("shira", {"rank": RANK}, ("ShiraConfig", {"r": RANK})),
+    "c3a": Row("c3a", {"block_size": 16}, ("C3AConfig", {"block_size": 16})),
+    "road": Row("road", {"group": 16}, ("RoadConfig", {"group_size": 16})),
+    "delora": Row("delora", {"rank": RANK}, ("DeloraConfig", {"r": RANK})),
+    "hira": Row("hira", {"rank": RANK}, ("HiraConfig", {"r": RANK})),
+}
+
+
+def ours(model: nn.Module, row: Row) -> list[nn.Parameter]:
+    from peftsurgery import runtime
+
+    runtime.attach(model, row.algorithm, targets=TARGETS, **row.ours)  # type: ignore[arg-type]
+    return list(runtime.trainable_parameters(model).values())
+
+
+def by_hand(model: nn.Module, row: Row) -> list[nn.Parameter]:
+    model.requires_grad_(False)
+    found: list[nn.Parameter] = []
+    for path, module in list(model.named_modules()):
+        owner, _, name = path.rpartition(".")
+        if name in TARGETS and isinstance(module, nn.Linear):
+            hand = ByHand(module, RANK, 2.0)
+            setattr(model.get_submodule(owner), name, hand)
+            found += [hand.down, hand.up]
+    return found
+
+
+def peft(model: nn.Module, row: Row) -> list[nn.Parameter]:
+    import peft as library
+
+    assert row.peft is not None
+    name, options = row.peft
+    config = getattr(library, name)(target_modules=list(TARGETS), **options)
+    library.get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def lycoris(model: nn.Module, row: Row) -> list[nn.Parameter]:
+    import lycoris as library
+
+    assert row.lycoris is not None
+    model.requires_grad_(False)
+    library.LycorisNetwork.apply_preset(
+        {
+            "enable_conv": False,
+            "target_module": [],
+            "target_name": [f".*{name}" for name in TARGETS],
+            "module_algo_map": {},
+            "name_algo_map": {},
+        }
+    )
+    network = library.create_lycoris(model, multiplier=1.0, **row.lycoris)  # type: ignore[arg-type]
+    network.apply_to()
+    model.__dict__["lycoris_network"] = network  # LyCORIS leaves it to the caller to keep it
+    return [p for p in network.parameters() if p.requires_grad]
+
+
+def tools(row: Row) -> dict[str, Callable[[nn.Module, Row], list[nn.Parameter]]]:
+    found: dict[str, Callable[[nn.Module, Row], list[nn.Parameter]]] = {OURS: ours}
+    if row.by_hand:
+        found[HAND] = by_hand
+    if row.peft:
+        found[PEFT] = peft
+    if row.lycoris:
+        found[LYCORIS] = lycoris
+    return found
+
+
+@dataclass
+class Training:
+    """One model with adapters, ready to step."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    ids: Tensor
+    count: int
+
+    def step(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model(input_ids=self.ids, labels=self.ids).loss.backward()
+        self.optimizer.step()
+
+
+def training(size: Size, row: Row, tool: str) -> Training:
+    """The model of a tool, every trained value moved from its start; two steps are done."""
+    model = size.model().train()
+    parameters = tools(row)[tool](model, row)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.01)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
+    count = sum(p.numel() for p in parameters)
+    found = Training(model, optimizer, size.ids(), count)
+    for _ in range(2):
+        found.step()
+    return found
+
+
+# measuring ----------------------------------------------------------------------------------------
+
+
+def step_times(size: Size, row: Row, rounds: int) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """CPU seconds by tool, one for each round, and the number of trained values."""
+    made = {tool: training(size, row, tool) for tool in tools(row)}
+    names = list(made)
+    found: dict[str, list[float]] = {name: [] for name in names}
+    gc.collect()
+    gc.disable()
+    for turn in range(rounds):
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            begin = time.thread_time()
+            made[name].step()
+            found[name].append(time.thread_time() - begin)
+    gc.enable()
+    return found, {name: t.count for name, t in made.items()}
+
+
+def status(field: str) -> float:
+    """Bytes of VmRSS or VmHWM of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    line = next(n for n in lines if n.startswith(f"{field}:"))
+    return int(line.split()[1]) * 1024
+
+
+def memory_job(size: str, name: str) -> None:
+    """Print MEMORY tool bytes for every tool of a row."""
+    row = ROWS[name]
+    for tool in tools(row):
+        made = training(SIZES[size], row, tool)
+        gc.collect()
+        made.optimizer.zero_grad(set_to_none=True)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = status("VmRSS")
+        made.step()
+        print(f"\nMEMORY {tool}={status('VmHWM') - before:.0f}")
+        del made
+
+
+def memory(size: str, name: str) -> dict[str, float]:
+    settings = [f"{key}={value}" for key, value in TRIM.items()]
+    script = Path(__file__).resolve()
+    finished = run("env", *settings, sys.executable, script, "--job", "memory", size, name)
+    return {t: float(b) for t, b in re.findall(r"^MEMORY (.*)=(\d+)$", finished.output, re.M)}
+
+
+def ratio(times: dict[str, list[float]], other: str) -> float:
+    """Median over the rounds of the other tool's time by ours."""
+    pairs = zip(times[other], times[OURS], strict=True)
+    return statistics.median(theirs / own for theirs, own in pairs)
+
+
+def table(size: str, names: list[str], rounds: int, with_memory: bool) -> Iterator[str]:
+    """Lines: name, ours in ms, the others by ours, memory in MB, target."""
+    others = (HAND, PEFT, LYCORIS)
+    columns = "".join(f"{name + '/ours':>13}" for name in others)
+    memories = "".join(f"{name + ' MB':>11}" for name in (OURS, *others)) if with_memory else ""
+    yield f"{size + ', ' + str(rounds) + ' rounds':20}{'ours ms':>9}{columns}{memories}  target"
+    for name in names:
+        row = ROWS[name]
+        try:
+            times, counts = step_times(SIZES[size], row, rounds)
+        except Exception as error:  # a tool that cannot do it: said, and the others go on
+            yield f"{name:20} {type(error).__name__}: {error}"
+            continue
+        line = f"{name:20}{statistics.median(times[OURS]) * 1e3:9.1f}"
+        line += "".join(f"{ratio(times, t):13.2f}" if t in times else f"{'':13}" for t in others)
+        if with_memory:
+            taken = memory(size, name)
+            cells = (f"{taken[t] / 1e6:11.1f}" if t in taken else " " * 11 for t in (OURS, *others))
+            line += "".join(cells)
+        targets: list[str] = []
+        if row.by_hand:
+            met = ratio(times, HAND) >= 1 / 1.03
+            targets.append(f"by hand at least 0.97: {verdict(met)}")
+        if row.peft:
+            met = ratio(times, PEFT) >= row.target
+            targets.append(f"PEFT at least {row.target:g}: {verdict(met)}")
+        if len(set(counts.values())) > 1:
+            values = ", ".join(f"{tool} {count}" for tool, count in counts.items())
+            targets.append(f"(values trained: {values})")
+        yield line + "  " + "; ".join(targets)
+
+
+def verdict(met: bool) -> str:
+    return "met" if met else "NOT MET"
+
+
+# attaching and compiling --------------------------------------------------------------------------
+
+
+def attach_seconds(rounds: int) -> tuple[float, int]:
+    """Least seconds of `attach` on a 1.1-billion llama of meta tensors, and its modules."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from peftsurgery import runtime
+
+    config = LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+    )
+    found: list[float] = []
+    modules = 0
+    for _ in range(rounds):
+        with torch.device("meta"):
+            model = LlamaForCausalLM(config)
+        begin = time.perf_counter()
+        modules = len(runtime.attach(model, "lora", targets="all-linear", rank=16).modules)
+        found.append(time.perf_counter() - begin)
+    return min(found), modules
+
+
+def recompiles(name: str) -> dict[str, int]:
+    """Graphs made by each change of a compiled model that has run with adapter "one"."""
+    from peftsurgery import runtime
+
+    row = ROWS[name]
+    graphs: list[object] = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16))
+    options: Options = {"block_size": 8} if "block_size" in row.ours else dict(row.ours)
+    for adapter in ("one", "two"):
+        runtime.attach(model, row.algorithm, targets=["0", "2"], name=adapter, **options)  # type: ignore[arg-type]
+    runtime.activate(model, "one")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=count)
+    x = torch.randn(4, 16)
+    compiled(x)
+    found: dict[str, int] = {}
+
+    def after(change: str) -> None:
+        before = len(graphs)
+        compiled(x)
+        found[change] = found.get(change, 0) + len(graphs) - before
+
+    for strength in (0.5, 2.0, 1.0):
+        runtime.set_strength(model, strength, "one")
+        after("rescale")
+    swapped = {path: a.with_tensors() for path, a in runtime.adapters(model, "two").items()}
+    runtime.hot_swap(model, swapped, "one")
+    after("hot-swap")
+    for adapter in ("two", "one"):
+        runtime.activate(model, adapter)
+        after("switch")
+    torch._dynamo.reset()
+    return found
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a fifth of the rounds")
+    parser.add_argument("--rounds", type=int, help="how often everything is measured")
+    parser.add_argument("--only", help="rows, with commas between")
+    parser.add_argument("--model", choices=list(SIZES), help="one of the two models")
+    parser.add_argument("--no-memory", action="store_true", help="times only")
+    parser.add_argument("--job", nargs="+", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)  # LyCORIS tells of every network it makes
+    torch.set_num_threads(1)
+    if arguments.job:
+        memory_job(*arguments.job[1:])
+        return
+    from peftsurgery.algorithms import ALGORITHMS
+
+    asked = arguments.only.split(",") if arguments.only else list(ROWS)
+    names = [name for name in asked if ROWS[name].algorithm in ALGORITHMS]
+    print(
+        f"one thread of {os.cpu_count()}, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}"
+    )
+    for size, settings in SIZES.items():
+        if arguments.model in (None, size):
+            share = 0.2 if arguments.quick else 1.0
+            rounds = arguments.rounds or math.ceil(settings.rounds * share)
+            print()
+            for line in table(size, names, rounds, not arguments.no_memory):
+                print(line, flush=True)
+    if arguments.only or arguments.model:
+        return
+    seconds, modules = attach_seconds(2 if arguments.quick else 5)
+    print(f"\nattach to {modules} layers of a 1.1-billion meta model: {seconds:.2f} s, ", end="")
+    print(f"under 1 s: {verdict(seconds < 1)}")
+    for name in names:
+        found = recompiles(name)
+        shown = ", ".join(f"{change} {count}" for change, count in found.items())
+        print(f"recompiles of {name}: {shown}: {verdict(not any(found.values()))}")
+    print(f"load {os.getloadavg()[0]:.1f}")
+
+
+if __name__ == "__main__":
+    main()
