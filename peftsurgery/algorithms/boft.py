@@ -147,8 +147,8 @@ class BOFT(WeightMap):
 
     def _channels(self, y: Tensor, axis: int, *, transposed: bool) -> Tensor:
         y = y.movedim(axis, -1)
-        outputs = self.form == "lycoris" and self.rescale is not None
-        factor = self.rescale.to(y.dtype).reshape(-1) if outputs else None
+        rescale = self.rescale if self.form == "lycoris" else None
+        factor = None if rescale is None else rescale.to(y.dtype).reshape(-1)
         if factor is not None and transposed:
             y = y * factor
         y = self._turn(y, torch.promote_types(y.dtype, torch.float32), inverse=transposed)

@@ -153,7 +153,7 @@ class LoRA(WeightAdapter):
         if layer.kind == "linear" and mid is None:
             if up.ndim > 2 or down.ndim > 2:
                 up, down = up.flatten(1), down.flatten(1)
-            h = F.linear(x, down) * self._buffers["scale"]
+            h = F.linear(x, down) * self.scale
             return F.linear(h, up if up.dtype == h.dtype else up.to(h.dtype))
         if layer.kind == "embedding" and mid is None:
             h = F.embedding(x, up, layer.padding_idx) * self.scale

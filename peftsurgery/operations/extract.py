@@ -84,10 +84,10 @@ def extract(
 
     algorithm: "lora" (`rank`: a rule, of each weight's own spectrum), "lokr" (`rank`, if any, of
     the second factor; `factor` cuts the sides as LyCORIS does, None chooses the most exact cut of
-    each weight with as many numbers, which takes a dozen times as long), "full" (exact). to: the layout;
-    None is peft for language models and kohya for the rest. only: components; targets, exclude:
-    patterns of module paths. dtype: of the factors, "keep" that of TUNED. See `peftsurgery extract
-    --help`.
+    each weight with as many numbers, which takes a dozen times as long), "full" (exact). to: the
+    layout; None is peft for language models and kohya for the rest. only: components; targets,
+    exclude: patterns of module paths. dtype: of the factors, "keep" that of TUNED. See `peftsurgery
+    extract --help`.
 
     Raises CheckFailed when nothing differs, when a tensor holds NaN or Inf, or when the written
     file is not what was computed; UnsupportedError naming what the layout cannot hold. Nothing is

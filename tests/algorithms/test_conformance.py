@@ -9,7 +9,8 @@ from torch import Generator, nn
 from peftsurgery.algorithms import ALGORITHMS, Full, LoRA, Replace, WeightAdapter, norm
 from peftsurgery.algorithms.layer import Layer
 from peftsurgery.errors import UsageError
-from tests.algorithms.cases import ALL, CASES, IDS, LAYERS, MAP_CASES, Case, close, draw
+from tests.algorithms.cases import ALL, CASES, IDS, LAYERS, Case, close, draw
+from tests.algorithms.map_cases import MAP_CASES
 from tests.algorithms.sized_cases import SIZED
 
 every = pytest.mark.parametrize(("case", "layer"), ALL, ids=IDS)

@@ -16,15 +16,18 @@ from peftsurgery.algorithms import (
     OFT,
     Full,
     GLoRA,
+    HiRA,
     LoRA,
     RoAd,
+    Tokens,
     WeightMap,
     difference,
 )
 from peftsurgery.algorithms.layer import Layer
 from peftsurgery.errors import CannotFit, CannotFuse, CannotSplit, UsageError
 from peftsurgery.linalg import cayley, cayley_neumann, gram_schmidt, skew_part
-from tests.algorithms.cases import LAYERS, MAP_IDS, MAPS, MapCase, close, draw
+from tests.algorithms.cases import LAYERS, close, draw
+from tests.algorithms.map_cases import MAP_IDS, MAPS, MapCase
 
 every = pytest.mark.parametrize(("case", "layer"), MAPS, ids=MAP_IDS)
 
@@ -267,6 +270,16 @@ def test_shapes_that_are_none_are_refused(rng: Generator) -> None:
         (lambda: IA3(draw(rng, 3, 2)), "one dimension"),
         (lambda: GLoRA(*(draw(rng, *s) for s in ((5, 2), (2, 5), (6, 2), (2, 4)))), r"\(4, 2\)"),
         (lambda: OFT(draw(rng, 3, 3)).on((4, 10)), "does not fit a weight"),
+        (lambda: RoAd(draw(rng, 5), draw(rng, 5), variant=1, group=4), "whole groups of 4"),
+        (lambda: RoAd(draw(rng, 4), draw(rng, 3), variant=2, group=2), r"RoAd\.radius"),
+        (lambda: RoAd(draw(rng, 4), draw(rng, 4), variant=3, group=2), "variant 1, 2 or 4"),
+        (lambda: RoAd(draw(rng, 4), draw(rng, 4), variant=2, group=2, bias=draw(rng, 4)), "bias"),
+        (lambda: HiRA(draw(rng, 4, 2), draw(rng, 3, 5)), r"\(out, 3\)"),
+        (lambda: Tokens(draw(rng, 2, 5), indices=(1,)), "a row per index"),
+        (lambda: Tokens(draw(rng, 2, 5), indices=(1, 1)), "different numbers"),
+        (lambda: Tokens(draw(rng, 2, 5), indices=(-1, 1)), "at least 0"),
+        (lambda: Tokens(draw(rng, 1, 5), indices=(9,)).on((4, 5)), "Resize the base"),
+        (lambda: Tokens(draw(rng, 1, 5), indices=(4,)).merged(draw(rng, 4, 5), None, 0.5), "use 1"),
     ]
     for build, message in wrong:
         with pytest.raises(UsageError, match=message):

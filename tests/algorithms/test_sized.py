@@ -44,8 +44,13 @@ def test_sizes_that_only_the_weight_tells(rng: Generator) -> None:
         assert adapter.shape == shape
         assert not adapter.additive
         assert adapter.factors() is None
-        verbs: list[tuple[Any, tuple[Any, ...]]] = [(adapter.delta, ()), (adapter.svd, ())]
-        for verb, arguments in (*verbs, (adapter.tile, (0, 1)), (norm, (adapter,))):
+        verbs: list[tuple[Any, tuple[Any, ...]]] = [
+            (adapter.delta, ()),
+            (adapter.svd, ()),
+            (adapter.tile, (0, 1)),
+            (norm, (adapter,)),
+        ]
+        for verb, arguments in verbs:
             with pytest.raises(UsageError, match="depends on the weight"):
                 verb(*arguments)
         if not shape[0]:

@@ -10,8 +10,9 @@ arithmetic counts, and "small" with d = 64, 4 layers, 1 x 8 tokens, where calls 
 layer has an adapter with the same number of trained values in every tool; all values are drawn.
 
 * step: forward, backward and optimizer (fused AdamW), in CPU seconds of one thread, which
-  neighbours on the machine lengthen less than seconds on the wall. Every round runs every tool once, in an
-  order that turns; a ratio is of two figures of one round, the median over the rounds is shown.
+  neighbours on the machine lengthen less than seconds on the wall. Every round runs every tool
+  once, in an order that turns; a ratio is of two figures of one round, the median over the rounds
+  is shown.
 * memory: the most that one step takes on top of what lies there before it (VmHWM less VmRSS), in a
   process of its own where freed blocks go back to the system at once.
 * attach: a llama of 1.1 billion values on the meta device, every linear layer, least of some runs.

@@ -39,7 +39,7 @@ class Task:
     """A model of one's own, what it answers, and what it is to learn.
 
     targets   layers to adapt; `more` are those of another kind, for algorithms that have it
-    rows      an embedding of which a few rows are trained
+    rows      an embedding and those of its rows that are trained
     """
 
     build: Callable[[], nn.Module]
@@ -47,7 +47,7 @@ class Task:
     loss: Callable[[nn.Module], Tensor]
     targets: tuple[str, ...]
     more: tuple[str, ...] = ()
-    rows: str | None = None
+    rows: tuple[str, tuple[int, ...]] | None = None
     architecture: str | None = None
 
 
@@ -118,10 +118,12 @@ TASKS = {
         lambda model: model(_characters()).logits,
         _llama_loss,
         ("q_proj", "o_proj", "up_proj", "down_proj"),
-        rows="embed_tokens",
+        rows=("embed_tokens", (0, 2, 5)),
     ),
     "unet": Task(_unet, _denoise, _unet_loss, ("to_q", "ff.net.2"), ("conv1",), architecture="sd1"),
-    "minilm": Task(_minilm, _embed, _minilm_loss, ("query", "value"), rows="word_embeddings"),
+    "minilm": Task(
+        _minilm, _embed, _minilm_loss, ("query", "value"), rows=("word_embeddings", (101, 1012))
+    ),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -15,13 +16,20 @@ from peftsurgery.errors import UsageError
 from tests.algorithms.cases import close
 from tests.runtime import small
 
-SCHEDULE = {"tinit": 2, "tfinal": 3, "deltaT": 2, "total_step": 12}
 TARGETS = ["q_proj", "down_proj"]
 
 
-def theirs() -> peft.PeftModel:
+def theirs() -> Any:  # PEFT has no types for what its tuners hold
     config = peft.AdaLoraConfig(
-        init_r=6, target_r=2, lora_alpha=5, orth_reg_weight=0.3, target_modules=TARGETS, **SCHEDULE
+        init_r=6,
+        target_r=2,
+        lora_alpha=5,
+        orth_reg_weight=0.3,
+        target_modules=TARGETS,
+        tinit=2,
+        tfinal=3,
+        deltaT=2,
+        total_step=12,
     )
     return peft.get_peft_model(small.llama(), config)
 
@@ -32,7 +40,7 @@ def ours(model: nn.Module) -> runtime.RankAllocator:
     )
 
 
-def twin() -> tuple[peft.PeftModel, nn.Module]:
+def twin() -> tuple[Any, nn.Module]:
     """PEFT's model and ours with the same factors, none of them zero."""
     other, mine = theirs(), small.llama()
     found = runtime.attach(mine, "adalora", targets=TARGETS, rank=6, alpha=5.0)

@@ -23,9 +23,8 @@ from tests.algorithms.cases import close
 
 def test_roberta_with_lora_and_its_head() -> None:
     """124,978,946 in all, 923,906 learnable (0.7392 %): rank 4 on query and every output.dense."""
-    config = RobertaConfig(
-        vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, num_labels=2
-    )
+    config = RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)
+    assert config.num_labels == 2
     with torch.device("meta"):
         model = RobertaForSequenceClassification(config)
     found = runtime.attach(model, "lora", targets=["query", "output.dense"], rank=4)

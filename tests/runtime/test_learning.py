@@ -29,7 +29,6 @@ OPTIONS: dict[str, dict[str, object]] = {  # where a plain rank of 4 is not what
     "road": {"rank": None, "group": 8},
     "c3a": {"rank": None, "block_size": 8},
     "vera": {"rank": 4, "widest": (384, 384)},
-    "tokens": {"rank": None, "indices": [0, 2, 5]},
 }
 RATES = {"full": 1e-3, "set": 1e-3, "vera": 5e-2, "tokens": 5e-2}  # of Adam; 1e-2 otherwise
 STEPS = 2
@@ -63,7 +62,7 @@ def fresh(model: nn.Module, task: Task, algorithm: str) -> None:
     first, *others = targets = (*task.targets, *task.more)
     if algorithm == "tokens":
         assert task.rows is not None
-        runtime.attach(model, algorithm, targets=task.rows, **options)  # type: ignore[arg-type]
+        runtime.attach(model, algorithm, targets=task.rows[0], indices=task.rows[1])
         return
     if algorithm == "set":
         plan = {first: ("lora", {"rank": 4}), **dict.fromkeys(others, "set")}
