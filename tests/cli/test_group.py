@@ -193,6 +193,7 @@ def test_interrupt_of_a_real_process_ends_with_130() -> None:
     code = (
         "import os, signal, click\n"
         "from peftsurgery.cli.group import LazyGroup\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's & ignores it
         "class Group(LazyGroup):\n"
         "    def get_command(self, ctx, cmd_name):\n"
         "        kill = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
