@@ -1,4 +1,4 @@
-"""`python -m peftsurgery`, and the `peftsurgery` program: the command line in a process of its own."""
+"""`python -m peftsurgery` and the `peftsurgery` program: the command line in its own process."""
 
 import atexit
 import gc

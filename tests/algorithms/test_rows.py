@@ -20,7 +20,8 @@ from peftsurgery.algorithms import (
 from peftsurgery.errors import CannotFuse, CannotSplit, UsageError
 from tests.algorithms.cases import ALL, IDS, LAYERS, Case, close, draw
 
-every = pytest.mark.parametrize(("case", "layer"), ALL, ids=IDS)
+OWN = [n for n, (case, _) in enumerate(ALL) if case.name != "delora"]  # its parts are LoRAs
+every = pytest.mark.parametrize(("case", "layer"), [ALL[n] for n in OWN], ids=[IDS[n] for n in OWN])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn]
 
 
@@ -57,6 +58,23 @@ def test_split_then_fuse_is_the_identity(
     assert torch.equal(joined.bias, adapter.bias)
     assert difference(joined, adapter) == 0.0
     assert adapter.rows(0, shape[0]) is adapter
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_parts_of_delora_are_loras_of_the_same_change(dtype: torch.dtype, rng: Generator) -> None:
+    """Its norms run over all rows: neither a range of them nor a fusion has one norm again."""
+    (make,) = {case.make for case, _ in ALL if case.name == "delora"}
+    whole = make((12, 10), rng, dtype).with_tensors(bias=draw(rng, 12))
+    parts = [whole.rows(0, 5), whole.rows(5, 12)]
+    assert [type(part) for part in parts] == [LoRA, LoRA]
+    close(stack(*(part.delta() for part in parts)), whole.delta())
+    other = make((4, 10), rng, dtype).with_tensors(bias=draw(rng, 4))
+    joined = type(whole).fuse([whole, 3, other])
+    assert isinstance(joined, LoRA)
+    close(joined.delta(), stack(whole.delta(), torch.zeros(3, 10), other.delta()))
+    assert joined.bias is not None
+    assert whole.bias is not None
+    assert torch.equal(joined.bias[:12], whole.bias)
 
 
 @every
