@@ -231,7 +231,7 @@ def _rounded(subject: Subject, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor
     raised = [torch.ldexp(t, torch.tensor(p)) for t, p in zip((up, down), powers, strict=True)]
     low = raised[0].to(subject.dtype), raised[1].to(subject.dtype)
     shift = math.ldexp(1.0, -sum(powers))
-    lost = _lost(*raised, *low)
+    lost = _lost(raised[0], raised[1], *low)
     if not lost <= tolerance:
         raise CheckFailed(
             f"{subject.path}: {subject.dtype} factors of ΔW would be off by {lost:.3g} of it. "
