@@ -343,13 +343,13 @@ def table(size: str, names: list[str], rounds: int, with_memory: bool) -> Iterat
         row = ROWS[name]
         try:
             times, counts = step_times(SIZES[size], row, rounds)
+            taken = memory(size, name) if with_memory else {}
         except Exception as error:  # a tool that cannot do it: said, and the others go on
             yield f"{name:20} {type(error).__name__}: {error}"
             continue
         line = f"{name:20}{statistics.median(times[OURS]) * 1e3:9.1f}"
         line += "".join(f"{ratio(times, t):13.2f}" if t in times else f"{'':13}" for t in others)
         if with_memory:
-            taken = memory(size, name)
             cells = (f"{taken[t] / 1e6:11.1f}" if t in taken else " " * 11 for t in (OURS, *others))
             line += "".join(cells)
         targets: list[str] = []
@@ -472,7 +472,11 @@ def main() -> None:
     print(f"\nattach to {modules} layers of a 1.1-billion meta model: {seconds:.2f} s, ", end="")
     print(f"under 1 s: {verdict(seconds < 1)}")
     for name in names:
-        found = recompiles(name)
+        try:
+            found = recompiles(name)
+        except Exception as error:
+            print(f"{name}: not compiled: {type(error).__name__}: {error}")
+            continue
         shown = ", ".join(f"{change} {count}" for change, count in found.items())
         print(f"recompiles of {name}: {shown}: {verdict(not any(found.values()))}")
     print(f"load {os.getloadavg()[0]:.1f}")
