@@ -41,7 +41,18 @@ def matrix() -> str:
     return table()
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"matrix": matrix, "commands": commands}
+def algorithms() -> str:
+    """The algorithms, and the layouts that have keys for them."""
+    from tests.algorithm_table import table
+
+    return table()
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "algorithms": algorithms,
+    "matrix": matrix,
+    "commands": commands,
+}
 
 
 def generated(readme: str) -> str:
