@@ -6,16 +6,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from peftsurgery.checkpoint import Checkpoint
-from peftsurgery.codec import peft_only, projections
 from peftsurgery.codec.detect import Explanation
 from peftsurgery.codec.foreign import foreign_type
 from peftsurgery.codec.keys import Record
-from peftsurgery.codec.map_shapes import Source, version_of
+from peftsurgery.codec.map_shapes import NEEDED, Source, version_of
 from peftsurgery.codec.resolving import Placement
 from peftsurgery.codec.scales import (
     PLACEHOLDER,
@@ -25,6 +24,9 @@ from peftsurgery.codec.scales import (
     scale_of,
 )
 from peftsurgery.errors import Finding, UnsupportedError, UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 CHANGED_MEANING = (
@@ -39,11 +41,8 @@ PEFT_TYPES = (
     *("ROAD", "DELORA", "HIRA", "LN_TUNING", "TRAINABLE_TOKENS"),
     *("ADALORA", "VERA", "FOURIERFT", "C3A", "MISS", "BONE", "SHIRA"),
 )
-UNSCALED = (  # alpha is a constraint, or nothing
-    *("full", "set", "", "oft", "boft", "hra", "ia3"),
-    *peft_only.KINDS,
-    *projections.KINDS,
-)
+# alpha is a constraint, or nothing
+UNSCALED = {"full", "set", "", *NEEDED} - {"glora"}
 
 
 class Conventions:
