@@ -88,7 +88,7 @@ def save(
             _check_stale(target, written, index)
         for shard, file in zip(shards, targets, strict=True):
             with staging.create(file) as fd:
-                _write(fd, shard, text, file)
+                _write(fd, shard, text, file, eager=sync)
         if len(shards) > 1:
             with staging.create(index) as fd:
                 sink = Sink(fd)
@@ -228,9 +228,11 @@ def _check_stale(target: Path, written: Sequence[Path], index: Path) -> None:
         )
 
 
-def _write(fd: int, entries: Sequence[_Entry], metadata: Mapping[str, str], path: Path) -> None:
+def _write(
+    fd: int, entries: Sequence[_Entry], metadata: Mapping[str, str], path: Path, *, eager: bool
+) -> None:
     header = _header(entries, metadata)
-    sink = Sink(fd)
+    sink = Sink(fd, eager=eager)
     sink.write(memoryview(header))
     run: tuple[FileMap, int, int] | None = None  # adjacent bytes of one input file, not yet copied
     for entry in entries:

@@ -127,12 +127,14 @@ _sync_file_range = _linux_sync_file_range()
 
 
 class Sink:
-    """Writes to a descriptor: small pieces gathered, large ones passed straight on; the disk works
-    beside.
+    """Writes to a descriptor: small pieces gathered, large ones passed straight on.
+
+    eager: the disk works beside, so that an fsync at the end finds little left to do.
     """
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, *, eager: bool = False) -> None:
         self.fd = fd
+        self.eager = eager
         self.written = 0
         self._started = 0  # bytes handed to the disk
         self._pending = bytearray()
@@ -149,7 +151,7 @@ class Sink:
             self._writeback()
 
     def _writeback(self) -> None:
-        if self.written - self._started >= _WRITEBACK_STEP:
+        if self.eager and self.written - self._started >= _WRITEBACK_STEP:
             _start_writeback(self.fd, self._started, self.written)
             self._started = self.written
 
