@@ -18,6 +18,7 @@ from .maps import (
     MapAxis,
     WeightMap,
     between_blocks,
+    block_size_of,
     join_vectors,
     vector_like,
 )
@@ -228,11 +229,7 @@ class BOFT(WeightMap):
         no. `alpha` has no meaning here."""
         refuse_options(cls, options)
         width = math.prod(weight.shape[1:]) if form == "peft" else weight.shape[0]
-        if (rank is None) == (block_size is None):
-            raise UsageError("BOFT: give either rank (the number of blocks) or block_size.")
-        size = block_size if block_size is not None else width // max(rank or 1, 1)
-        if size < 2 or width % size or (rank is not None and width % rank):
-            raise UsageError(f"BOFT: {width} values do not divide into blocks of {size}.")
+        size = block_size_of("BOFT", width, rank, block_size, least=2)
         place = {"device": weight.device, "dtype": dtype}
         blocks = nn.Parameter(torch.zeros(factors, width // size, size, size, **place))
         rescale = None

@@ -72,11 +72,7 @@ class GLoRA(WeightAdapter):
     def additive(self) -> bool:
         return False
 
-    def is_zero(self) -> bool:
-        if self.bias_is_value or any(t.is_meta for t in self.tensors().values()):
-            return False
-        if self.bias is not None and bool((self.bias != 0).any()):
-            return False
+    def _changes_nothing(self) -> bool:
         halves = ((self.a1, self.a2), (self.b1, self.b2))
         return float(self.scale) == 0 or all(
             any(not bool((t != 0).any()) for t in half) for half in halves

@@ -46,12 +46,8 @@ class HiRA(WeightAdapter):
     def additive(self) -> bool:
         return False
 
-    def is_zero(self) -> bool:
-        if self.bias_is_value or any(t.is_meta for t in self.tensors().values()):
-            return False
-        if self.bias is not None and bool((self.bias != 0).any()):
-            return False
-        return float(self.scale) == 0 or self._is_zero_product()
+    def _changes_nothing(self) -> bool:
+        return self._is_nothing()
 
     def _replacement(self, base: Tensor) -> Tensor:
         self._require_fit(tuple(base.shape))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import CannotFit, CannotFuse, CannotSplit, UsageError
 from .base import WeightAdapter, is_one
-from .slots import Part, bit_equal
+from .slots import Part, bit_equal, shown_shape
 from .storage import Common
 
 if TYPE_CHECKING:
@@ -75,8 +75,8 @@ class WeightMap(WeightAdapter):
             return known if known[0] or self.bias is None else (self.bias.numel(), *known[1:])
         if not self._admits(self.sized):
             raise UsageError(
-                f"{type(self).__name__}: a map of weights of shape {_shown(known)} does not fit a "
-                f"weight {list(self.sized)}."
+                f"{type(self).__name__}: a map of weights of shape {shown_shape(known)} does "
+                f"not fit a weight {list(self.sized)}."
             )
         return self.sized
 
@@ -91,13 +91,6 @@ class WeightMap(WeightAdapter):
     @property
     def row_wise(self) -> bool:
         return self.acts_on == "in"
-
-    def is_zero(self) -> bool:
-        if any(t.is_meta for t in self.tensors().values()) or self.bias_is_value:
-            return False
-        if self.bias is not None and bool((self.bias != 0).any()):
-            return False
-        return self._changes_nothing()
 
     # --- merging ----------------------------------------------------------------------------------
 
@@ -196,10 +189,6 @@ OTHER_INPUTS = (
 )
 
 
-def _shown(shape: tuple[int, ...]) -> str:
-    return "[" + ", ".join(str(n) if n else "any" for n in shape) + "]"
-
-
 def vector_like(tensor: Tensor, start: int, stop: int) -> Tensor:
     """Elements start:stop of a tensor with one dimension larger than one, as many dimensions."""
     axis = next((d for d, n in enumerate(tensor.shape) if n > 1), 0)
@@ -221,6 +210,20 @@ def join_vectors(parts: Sequence[Part], name: str) -> Tensor | None:
     exact = torch.cat(pieces)
     rounded = exact.to(like.dtype)
     return (rounded if bool((rounded.float() == exact).all()) else exact).reshape(shape)
+
+
+def block_size_of(
+    name: str, width: int, rank: int | None, block_size: int | None, *, least: int
+) -> int:
+    """Size of the blocks that `width` values divide into, from their number `rank` or as given;
+    UsageError when they do not, or when a block would be smaller than `least`.
+    """
+    if (rank is None) == (block_size is None):
+        raise UsageError(f"{name}: give either rank (the number of blocks) or block_size.")
+    size = block_size if block_size is not None else width // max(rank or 1, 1)
+    if size < least or width % size or (rank is not None and width % rank):
+        raise UsageError(f"{name}: {width} values do not divide into blocks of {size}.")
+    return size
 
 
 def between_blocks(name: str, size: int, start: int, stop: int, rows: int) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from .maps import (
     MapAxis,
     WeightMap,
     between_blocks,
+    block_size_of,
     join_vectors,
     vector_like,
 )
@@ -280,11 +281,7 @@ class OFT(WeightMap):
         form, on outputs LyCORIS's (exact Cayley). `alpha` has no meaning here."""
         refuse_options(cls, options)
         width = math.prod(weight.shape[1:]) if acts_on == "in" else weight.shape[0]
-        if (rank is None) == (block_size is None):
-            raise UsageError("OFT: give either rank (the number of blocks) or block_size.")
-        size = block_size if block_size is not None else width // max(rank or 1, 1)
-        if size < 1 or width % size or (rank is not None and width % rank):
-            raise UsageError(f"OFT: {width} values do not divide into blocks of {size}.")
+        size = block_size_of("OFT", width, rank, block_size, least=1)
         count = 1 if shared else width // size
         place = {"device": weight.device, "dtype": dtype}
         if acts_on == "in":

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import CannotFit, CannotFuse, CannotSplit, UsageError
 from .base import WeightAdapter
-from .slots import bit_equal
+from .slots import bit_equal, shown_shape
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -61,8 +61,8 @@ class SizedChange(WeightAdapter):
         good = all(a in (0, b) for a, b in zip((rows, columns), wide, strict=True))
         if not (wide[0] and good and self._admits(*wide)):
             raise UsageError(
-                f"{type(self).__name__}: a change of shape {_shown((rows, columns))} does not fit "
-                f"a weight {list(self.sized)}."
+                f"{type(self).__name__}: a change of shape {shown_shape((rows, columns))} does "
+                f"not fit a weight {list(self.sized)}."
             )
         return self.sized
 
@@ -118,14 +118,8 @@ class SizedChange(WeightAdapter):
             self._buffers[name] = moved
         return self
 
-    def is_zero(self) -> bool:
-        if self.magnitude is not None or self.bias_is_value:
-            return False
-        if any(t.is_meta for t in self.tensors().values()):
-            return False
-        if self.bias is not None and bool((self.bias != 0).any()):
-            return False
-        return float(self.scale) == 0 or self._is_zero_product()
+    def _changes_nothing(self) -> bool:
+        return self.magnitude is None and self._is_nothing()
 
     def nonfinite(self) -> tuple[str, ...]:
         frozen = {n: t for n in self.frozen if (t := self._buffers[n]) is not None}
@@ -168,7 +162,7 @@ class SizedChange(WeightAdapter):
     def _unknown(self, verb: str) -> str:
         return (
             f"{type(self).__name__}.{verb}: the change depends on the weight's shape, and the "
-            f"tensors tell {_shown(self.shape)}; use on(shape), or pass the weight to delta()."
+            f"tensors tell {shown_shape(self.shape)}; use on(shape), or pass the weight to delta()."
         )
 
     # --- rows -------------------------------------------------------------------------------------
@@ -240,7 +234,3 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
     found = tensor.to(device)
     _MOVED[key] = weakref.ref(tensor), weakref.ref(found)
     return found
-
-
-def _shown(shape: tuple[int, ...]) -> str:
-    return "[" + ", ".join(str(n) if n else "any" for n in shape) + "]"

@@ -56,6 +56,11 @@ def unit_tail(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(shape[:end])
 
 
+def shown_shape(shape: Sequence[int]) -> str:
+    """A shape in a message; 0 is a size that is not known."""
+    return "[" + ", ".join(str(n) if n else "any" for n in shape) + "]"
+
+
 def fit_shape(shape: Sequence[int], target: Sequence[int]) -> bool:
     """Whether a change of this shape is a weight of the target shape, reshaped: same rows, same
     columns.

@@ -216,13 +216,21 @@ class AdapterTensors(nn.Module):
         return tuple(n for n, t in checked.items() if not _all_finite(t))
 
     def is_zero(self) -> bool:
-        """Whether it certainly changes nothing: additive, a zero factor or scale, no bias."""
-        if not self.additive or self.bias_is_value:
+        """Whether it certainly changes nothing: neither the weight nor the bias."""
+        if self.bias_is_value:
             return False
         if any(t.is_meta for t in self.tensors().values()):
             return False  # shapes only: the values are not known
         if self.bias is not None and bool((self.bias != 0).any()):
             return False
+        return self._changes_nothing()
+
+    def _changes_nothing(self) -> bool:
+        """Whether the weight certainly stays what it is; the values are known."""
+        return self.additive and self._is_nothing()
+
+    def _is_nothing(self) -> bool:
+        """A zero scale or factor."""
         return float(self.scale) == 0 or self._is_zero_product()
 
     def _is_zero_product(self) -> bool:
