@@ -1,0 +1,53 @@
+"""Codes of few bits in words of many."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def high_first(pairs: Tensor) -> Tensor:
+    """Two 4-bit codes of every byte, the high half first: uint8 (n,) -> (2n,)."""
+    return torch.stack((pairs >> 4, pairs & 15), -1).reshape(*pairs.shape[:-1], -1)
+
+
+def low_first(pairs: Tensor) -> Tensor:
+    """Two 4-bit codes of every byte, the low half first: uint8 (…, n) -> (…, 2n)."""
+    return torch.stack((pairs & 15, pairs >> 4), -1).reshape(*pairs.shape[:-1], -1)
+
+
+def pack_high_first(codes: Tensor) -> Tensor:
+    """The inverse of `high_first`: uint8 (…, 2n) -> (…, n)."""
+    pairs = codes.reshape(*codes.shape[:-1], -1, 2)
+    return (pairs[..., 0] << 4) | pairs[..., 1]
+
+
+def pack_low_first(codes: Tensor) -> Tensor:
+    """The inverse of `low_first`."""
+    pairs = codes.reshape(*codes.shape[:-1], -1, 2)
+    return (pairs[..., 1] << 4) | pairs[..., 0]
+
+
+def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
+    """`count` codes of `bits` each from int32 words (…, w), lowest bits first and running on
+    across words: uint8 (…, count).
+    """
+    raw = words.contiguous().view(torch.uint8)
+    places = torch.arange(count) * bits
+    byte, shift = places // 8, (places % 8).to(torch.int16)
+    padded = torch.nn.functional.pad(raw, (0, 1))
+    wide = padded[..., byte].to(torch.int16) | (padded[..., byte + 1].to(torch.int16) << 8)
+    return ((wide >> shift) & ((1 << bits) - 1)).to(torch.uint8)
+
+
+def pack_words(codes: Tensor, bits: int) -> Tensor:
+    """The inverse of `unpack_words`; the last word is filled with zeros: int32 (…, w)."""
+    count = codes.shape[-1]
+    size = -(-count * bits // 32) * 4  # bytes
+    places = torch.arange(count) * bits
+    byte, shift = places // 8, (places % 8).to(torch.int32)
+    wide = codes.to(torch.int32) << shift
+    flat = torch.zeros(*codes.shape[:-1], size + 1, dtype=torch.int32)
+    flat.index_add_(-1, byte, wide & 255)  # no two codes share a bit: adding is or
+    flat.index_add_(-1, byte + 1, wide >> 8)
+    return flat[..., :size].to(torch.uint8).contiguous().view(torch.int32)

@@ -1,0 +1,123 @@
+"""The values a packed weight can take, given its scales; rounding means to choose among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from peftsurgery.quantizers.books import Codebook
+
+
+@dataclass(frozen=True)
+class Grid:
+    """w[r, c] = scale · (book[code] - zero) + shift, every one of the three constant over a group.
+
+    scale, zero and shift: fp32 (rows or 1, groups). Column c lies in group c // group, or in
+    `order[c]` where that is given (GPTQ's act-order); group 0 is the whole row.
+    """
+
+    book: Codebook
+    scale: Tensor
+    zero: Tensor | None = None
+    shift: Tensor | None = None
+    group: int = 0
+    order: Tensor | None = None
+
+    def spread(self, values: Tensor, start: int, stop: int) -> Tensor:
+        """A per-group tensor over columns start:stop; (rows or 1, stop - start) or (rows, 1)."""
+        if values.shape[1] == 1:
+            return values
+        if self.order is not None:
+            return values.index_select(1, self.order[start:stop])
+        if self.group <= 1:
+            return values[:, start:stop]
+        first, last = start // self.group, -(-stop // self.group)
+        wide = values[:, first:last].repeat_interleave(self.group, 1)
+        return wide[:, start - first * self.group : stop - first * self.group]
+
+    def values(self, codes: Tensor, start: int = 0) -> Tensor:
+        """fp32 weights of codes (rows, n), the columns from `start` on."""
+        stop = start + codes.shape[1]
+        found = self.book.values(codes)
+        if self.zero is not None:
+            found -= self.spread(self.zero, start, stop)
+        found *= self.spread(self.scale, start, stop)
+        if self.shift is not None:
+            found += self.spread(self.shift, start, stop)
+        return found
+
+    def units(self, weight: Tensor, start: int = 0) -> Tensor:
+        """(w - shift) / scale + zero of weights (rows, n); 0 + zero where the scale is 0."""
+        stop = start + weight.shape[1]
+        scale = self.spread(self.scale, start, stop)
+        if self.shift is not None:
+            weight = weight - self.spread(self.shift, start, stop)
+        found = weight / torch.where(scale == 0, torch.inf, scale)
+        if self.zero is not None:
+            found += self.spread(self.zero, start, stop)
+        return found
+
+    def nearest(self, weight: Tensor, start: int = 0) -> Tensor:
+        """Codes of the nearest values."""
+        return self.book.nearest(self.units(weight, start))
+
+    def rows(self, start: int, stop: int) -> Grid:
+        """The grid of some of the rows."""
+
+        def cut(values: Tensor | None) -> Tensor | None:
+            return values if values is None or values.shape[0] == 1 else values[start:stop]
+
+        scale = cut(self.scale)
+        assert scale is not None
+        return replace(self, scale=scale, zero=cut(self.zero), shift=cut(self.shift))
+
+    def grouped(self, per_weight: Tensor) -> Tensor:
+        """Sums over the groups, (rows, groups), of something known for every weight."""
+        rows, columns = per_weight.shape
+        count = self.scale.shape[1]
+        if self.order is not None:
+            return per_weight.new_zeros(rows, count).index_add_(1, self.order, per_weight)
+        if count == 1:
+            return per_weight.sum(1, keepdim=True)
+        if self.group <= 1:
+            return per_weight
+        lacking = -columns % self.group
+        if lacking:
+            per_weight = torch.nn.functional.pad(per_weight, (0, lacking))
+        return per_weight.reshape(rows, count, self.group).sum(2)
+
+
+# (weight, grid, codes it had) -> codes
+Rounding = Callable[[Tensor, Grid, "Tensor | None"], Tensor]
+
+
+def nearest(weight: Tensor, grid: Grid, previous: Tensor | None = None) -> Tensor:
+    """The nearest code of every weight; where the code it had stands for the same value, that
+    one, so that what did not change keeps its bytes.
+    """
+    found = grid.nearest(weight)
+    if previous is None:
+        return found
+    return keep_equal(found, previous, grid)
+
+
+def keep_equal(found: Tensor, previous: Tensor, grid: Grid) -> Tensor:
+    """Codes with those of `previous` where both stand for the same value (±0, a scale of 0)."""
+    differing = (found != previous).nonzero(as_tuple=True)
+    if not len(differing[0]):
+        return found
+    same = grid.book.values(found[differing]) == grid.book.values(previous[differing])
+    columns = differing[1]
+    scale = grid.scale.expand(found.shape[0], -1)
+    if grid.scale.shape[1] == 1:
+        place = torch.zeros_like(columns)
+    elif grid.order is not None:
+        place = grid.order[columns]
+    else:
+        place = columns // max(grid.group, 1)
+    same |= scale[differing[0], place] == 0
+    found[differing[0][same], columns[same]] = previous[differing[0][same], columns[same]]
+    return found

@@ -1,0 +1,106 @@
+"""Ways to choose codes: at random without bias, or with the error fed forward.
+
+Nearest rounding swallows a change smaller than half a step. With ε = w - q the others keep it
+
+* on average: `stochastic` takes the upper neighbour with the probability of the weight's place
+  between the two, so E[q] = w;
+* where it matters: `feedback` minimises tr(ε H εᵀ) greedily over the columns, H = 1 + λ V Vᵀ with
+  V the input directions that the change looks at (low rank), or any H = E[x xᵀ] of the inputs.
+
+Sources: optimal brain quantization, Frantar et al. 2022, arXiv:2208.11580, and GPTQ, Frantar et
+al. 2022, arXiv:2210.17323, whose step for one column is the case of one column here; with H of low
+rank its inverse is never formed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peftsurgery.errors import UsageError
+from peftsurgery.quantizers.grids import Grid
+
+WEIGHT = 1000.0  # λ: how much more an error in the change's own directions counts
+SHARE, LEAST = 16, 2  # a block of columns is this part of those left, and at least so many
+
+
+def stochastic(weight: Tensor, grid: Grid, generator: torch.Generator) -> Tensor:
+    """One of the two neighbours of every weight (rows, columns), E[value] = weight."""
+    lower, upper, share = grid.book.between(grid.units(weight))
+    take = torch.rand(share.shape, generator=generator) < share
+    return torch.where(take, upper, lower)
+
+
+def blocks(columns: int) -> list[tuple[int, int]]:
+    """Blocks [start, stop) of columns that become smaller to the end, since nothing is left to make
+    up for the error of the last.
+    """
+    found = []
+    start = 0
+    while start < columns:
+        stop = min(columns, start + max(LEAST, (columns - start) // SHARE))
+        found.append((start, stop))
+        start = stop
+    return found
+
+
+def subspace(weight: Tensor, grid: Grid, basis: Tensor, weighting: float = WEIGHT) -> Tensor:
+    """Codes for weight (rows, columns) that keep ε V small; basis V (columns, r), orthonormal.
+
+    With S = Σ ε_k v_k over the columns done and G = Σ v_kᵀ v_k over those left, the errors of
+    these that minimise ‖ε‖² + λ‖ε V‖² are -S (1/λ + G)⁻¹ Vᵀ: so much is added before they are
+    rounded. Cost: 4 · rows · columns · r flops.
+    """
+    _check(weight, basis.shape[0])
+    total = torch.zeros(weight.shape[0], basis.shape[1])
+    left = basis.T.double() @ basis.double()
+    ridge = torch.eye(basis.shape[1], dtype=torch.float64) / weighting
+    codes = torch.empty(weight.shape, dtype=grid.book.dtype)
+    for start, stop in blocks(weight.shape[1]):
+        part = basis[start:stop]
+        solved = torch.linalg.solve(ridge + left, part.T.double()).float()
+        wanted = torch.addmm(weight[:, start:stop], total, solved)
+        chosen = grid.book.nearest(grid.units(wanted, start))
+        codes[:, start:stop] = chosen
+        error = weight[:, start:stop] - grid.values(chosen, start)
+        total.addmm_(error, part)
+        left -= part.T.double() @ part.double()
+    return codes
+
+
+def feedback(weight: Tensor, grid: Grid, gram: Tensor, damping: float = 0.01) -> Tensor:
+    """GPTQ: codes for weight (rows, columns) that keep tr(ε H εᵀ) small; gram H (columns, columns).
+
+    H is damped by `damping` times its mean diagonal. With U the upper Cholesky factor of H⁻¹,
+    column k is rounded, and ε_k / U_kk · U_kj is taken from every column j behind it. UsageError
+    for a gram of another size, or one that is not positive definite.
+    """
+    columns = weight.shape[1]
+    _check(weight, gram.shape[0])
+    exact = gram.double() + damping * gram.diagonal().double().mean() * torch.eye(
+        columns, dtype=torch.float64
+    )
+    lower, failed = torch.linalg.cholesky_ex(exact)
+    if failed or gram.shape[0] != gram.shape[1]:
+        raise UsageError("gptq rounding: the Gram matrix is not positive definite. Use more data.")
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
+    work = weight.clone()
+    codes = torch.empty(weight.shape, dtype=grid.book.dtype)
+    for first in range(0, columns, 128):
+        last = min(columns, first + 128)
+        errors = torch.empty(weight.shape[0], last - first)
+        for k in range(first, last):
+            chosen = grid.book.nearest(grid.units(work[:, k : k + 1], k))
+            codes[:, k : k + 1] = chosen
+            error = (work[:, k] - grid.values(chosen, k)[:, 0]) / factor[k, k]
+            errors[:, k - first] = error
+            work[:, k + 1 : last].addr_(error, factor[k, k + 1 : last], alpha=-1)
+        work[:, last:].addmm_(errors, factor[first:last, last:], alpha=-1)
+    return codes
+
+
+def _check(weight: Tensor, columns: int) -> None:
+    if weight.shape[1] != columns:
+        raise UsageError(
+            f"rounding: the weight has {weight.shape[1]} columns, what weighs its errors {columns}."
+        )
