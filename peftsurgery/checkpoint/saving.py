@@ -15,7 +15,14 @@ from peftsurgery.checkpoint.dtypes import BITS
 from peftsurgery.checkpoint.header import name_problem, shape_problem
 from peftsurgery.checkpoint.strict_json import shown
 from peftsurgery.checkpoint.tensors import FileMap, LazyTensor
-from peftsurgery.checkpoint.writing import Deferred, Sink, Staging, buffers, dtype_and_shape
+from peftsurgery.checkpoint.writing import (
+    Deferred,
+    Sink,
+    Staging,
+    as_bytes,
+    buffers,
+    dtype_and_shape,
+)
 from peftsurgery.errors import CheckFailed, UsageError
 
 if TYPE_CHECKING:
@@ -235,6 +242,8 @@ def _write(
     sink = Sink(fd, eager=eager)
     sink.write(memoryview(header))
     run: tuple[FileMap, int, int] | None = None  # adjacent bytes of one input file, not yet copied
+    places = _places(entries, len(header))
+    ahead: set[str] = set()  # written to their places already
     for entry in entries:
         span = entry.value.file_range() if isinstance(entry.value, LazyTensor) else None
         if isinstance(entry.value, LazyTensor) and span is not None:
@@ -249,17 +258,41 @@ def _write(
         if run is not None:
             sink.copy(*run)
             run = None
+        if entry.name in ahead:
+            sink.skip(entry.nbytes)
+            continue
         start = sink.written
         for buffer in buffers(entry.value):
             sink.write(buffer)
-        if sink.written - start != entry.nbytes:
-            raise CheckFailed(
-                f"{path}: {shown(entry.name)} gave {sink.written - start} bytes, {entry.nbytes} "
-                f"were promised ({entry.dtype} {list(entry.shape)}); nothing was written"
-            )
+        _check_length(path, entry, sink.written - start)
+        joint = entry.value.joint if isinstance(entry.value, Deferred) else None
+        for name in joint.waiting() if joint is not None and hasattr(os, "pwrite") else ():
+            if name in places:  # not in another shard
+                other, place = places[name]
+                data = as_bytes(joint.take(name))  # pyright: ignore[reportOptionalMemberAccess]
+                _check_length(path, other, data.nbytes)
+                sink.place(place, data)
+                ahead.add(name)
     if run is not None:
         sink.copy(*run)
     sink.flush()
+
+
+def _places(entries: Sequence[_Entry], start: int) -> dict[str, tuple[_Entry, int]]:
+    """Where the bytes of every tensor go."""
+    places = {}
+    for entry in entries:
+        places[entry.name] = (entry, start)
+        start += entry.nbytes
+    return places
+
+
+def _check_length(path: Path, entry: _Entry, nbytes: int) -> None:
+    if nbytes != entry.nbytes:
+        raise CheckFailed(
+            f"{path}: {shown(entry.name)} gave {nbytes} bytes, {entry.nbytes} were promised "
+            f"({entry.dtype} {list(entry.shape)}); nothing was written"
+        )
 
 
 def _header(entries: Sequence[_Entry], metadata: Mapping[str, str]) -> bytes:

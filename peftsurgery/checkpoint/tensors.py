@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import sys
@@ -131,6 +132,21 @@ class LazyTensor:
         return LazyTensor(
             self.file, self.name, self.dtype, shape, begin + start_byte, begin + stop_byte
         )
+
+    def flattened(self, lead: int) -> LazyTensor:
+        """The same bytes with the first `lead` dimensions taken as one. UnsupportedError for a
+        tensor of a pickle.
+        """
+        span = self.file_range()
+        if lead == 1:
+            return self
+        if span is None:
+            raise UnsupportedError(
+                f"{self.path}: {self.name!r}: a stacked tensor inside a pickle; convert the "
+                "checkpoint to safetensors first."
+            )
+        shape = (math.prod(self.shape[:lead]), *self.shape[lead:])
+        return LazyTensor(self.file, self.name, self.dtype, shape, *span)
 
     def _row_bytes(self, start: int, stop: int) -> tuple[int, int]:
         where = f"{self.path}: {self.name!r}: rows {start}:{stop} of shape {list(self.shape)}"

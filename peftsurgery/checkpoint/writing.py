@@ -7,7 +7,7 @@ import ctypes
 import math
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +27,26 @@ _COPY_STEP = 1 << 28
 _WRITEBACK_STEP = 1 << 25
 
 
+class Joint:
+    """Several tensors that are made at once, by `make` on first need; those that are not asked for
+    at once wait here.
+    """
+
+    def __init__(self, make: Callable[[], Mapping[str, Buffer | torch.Tensor]]) -> None:
+        self._make = make
+        self._waiting: dict[str, Buffer | torch.Tensor] | None = None
+
+    def take(self, name: str) -> Buffer | torch.Tensor:
+        """One of the tensors, by the name it is saved under; each can be had once."""
+        if self._waiting is None:
+            self._waiting = dict(self._make())
+        return self._waiting.pop(name)
+
+    def waiting(self) -> tuple[str, ...]:
+        """Names of what was made and has not been asked for."""
+        return tuple(self._waiting or ())
+
+
 @dataclass(frozen=True)
 class Deferred:
     """A tensor made while it is written: `chunks()` yields its bytes in order, in pieces of any
@@ -34,13 +54,15 @@ class Deferred:
 
     shape counts elements as the file does. A piece is bytes-like, a numpy array or a torch tensor;
     it is written before the next one is asked for, so one buffer may be reused. `sources`: the
-    files it is made from (never overwritten).
+    files it is made from (never overwritten). joint: what makes it together with others, which
+    `save` then writes to their places at the same time.
     """
 
     dtype: str  # a safetensors name
     shape: tuple[int, ...]
     chunks: Callable[[], Iterable[Buffer | torch.Tensor]]
     sources: tuple[Path, ...] = ()
+    joint: Joint | None = None
 
     @property
     def nbytes(self) -> int:
@@ -158,6 +180,19 @@ class Sink:
     def flush(self) -> None:
         pending, self._pending = self._pending, bytearray()
         _write_all(self.fd, memoryview(pending))
+
+    def place(self, offset: int, data: memoryview) -> None:
+        """Write ahead, at a place in the file that `skip` will pass over."""
+        while data.nbytes:
+            count = os.pwrite(self.fd, data, offset)
+            data, offset = data[count:], offset + count
+
+    def skip(self, nbytes: int) -> None:
+        """Pass over bytes that were written by `place`."""
+        self.flush()
+        os.lseek(self.fd, nbytes, os.SEEK_CUR)
+        self.written += nbytes
+        self._writeback()
 
     def copy(self, source: FileMap, begin: int, end: int) -> None:
         """Bytes `begin:end` of the file `source`, inside the kernel where it can, else from its

@@ -20,16 +20,34 @@ from peftsurgery.cli.running import Display
 @options.dtype
 @click.option(
     "--rounding",
-    type=click.Choice(("nearest", "stochastic")),
-    default="nearest",
+    type=click.Choice(("auto", "nearest", "stochastic", "subspace", "gptq")),
+    default="auto",
     show_default=True,
-    help="How results are rounded to the output's number type.",
+    help="How results are rounded to the output's number type. auto: nearest; into packed weights "
+    "that, or error feedback in the input directions of the change (subspace), by what is "
+    "predicted to survive. gptq needs --gram.",
 )
 @options.seed
 @click.option(
+    "--requant",
+    default="auto",
+    show_default=True,
+    metavar="HOW",
+    help="What packed (quantized) weights become: same (the base's own format; auto is this), "
+    "dequant (plain weights), from-original:BASE16 (the unquantized base with the change, packed), "
+    "residual:RANK (what rounding loses goes to an adapter beside the output).",
+)
+@click.option(
+    "--gram",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Gram matrices of the modules' inputs, for --rounding gptq.",
+)
+@click.option(
     "--min-survival",
     type=click.FloatRange(0, 1),
-    help="Fail when less than this share of the change survives rounding.",
+    help="Fail when less than this share of the change survives rounding; 0.9 for packed weights "
+    "unless given.",
 )
 @click.option(
     "--verify",
@@ -72,6 +90,8 @@ def merge(
     dtype: str,
     rounding: str,
     seed: int,
+    requant: str,
+    gram: Path | None,
     min_survival: float | None,
     verify: str,
     tied: str,
@@ -101,6 +121,8 @@ def merge(
             dtype=dtype,
             rounding=rounding,
             seed=seed,
+            requant=requant,
+            gram=gram,
             min_survival=min_survival,
             verify=verify,
             tied=tied,

@@ -4,7 +4,6 @@ rows included.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -77,23 +76,7 @@ class Stored:
         if self.span is None and len(self.site.parts) == 1:
             return self.tensor.torch()
         start, stop = self.rows
-        return flat_rows(self.tensor, self.lead).rows(start, stop).torch()
-
-
-def flat_rows(tensor: LazyTensor, lead: int) -> LazyTensor:
-    """The same bytes with the first `lead` dimensions taken as one. Raises UnsupportedError for a
-    tensor of a pickle.
-    """
-    if lead == 1:
-        return tensor
-    span = tensor.file_range()
-    if span is None:
-        raise UnsupportedError(
-            f"{tensor.path}: {tensor.name!r}: a stacked tensor inside a pickle; convert the "
-            "checkpoint to safetensors first."
-        )
-    shape = (math.prod(tensor.shape[:lead]), *tensor.shape[lead:])
-    return LazyTensor(tensor.file, tensor.name, tensor.dtype, shape, *span)
+        return self.tensor.flattened(self.lead).rows(start, stop).torch()
 
 
 class BaseWeights:

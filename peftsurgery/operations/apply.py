@@ -18,10 +18,12 @@ from torch import Tensor
 
 from peftsurgery.algorithms import Full, LoRA, WeightAdapter
 from peftsurgery.algorithms.slots import pad_to
+from peftsurgery.checkpoint import LazyTensor
 from peftsurgery.checkpoint.dtypes import torch_dtype
 from peftsurgery.errors import CannotSplit, CheckFailed, UnsupportedError
 from peftsurgery.operations.plan import Edit, Target
 from peftsurgery.operations.rounding import Survival, generator, stochastic, survival_of
+from peftsurgery.quantizers import PackedTensor
 
 TILE = 1 << 20  # elements of a row tile: smaller ones drown in dispatch, larger leave the cache
 SAMPLED = 1 << 26  # elements; of larger merges survival is measured on some of the rows
@@ -32,18 +34,29 @@ RowOperation = Callable[[Tensor, int, int], None]
 @dataclass(frozen=True)
 class Settings:
     """How results are rounded. `dtype` None keeps the stored one; `seed` is for stochastic
-    rounding.
+    rounding. requant: what packed weights become, "same" or "dequant".
     """
 
     relative_to: str = "current"
     rounding: str = "nearest"
     seed: int = 0
     dtype: str | None = None
+    requant: str = "same"
 
 
 def output_dtype(target: Target, settings: Settings) -> str:
-    """The safetensors dtype a target is written in."""
-    return settings.dtype or target.tensor.dtype
+    """The safetensors dtype a target is written in, where it is not packed again."""
+    return settings.dtype or plain_dtype(target.tensor)
+
+
+def plain_dtype(tensor: LazyTensor) -> str:
+    """The dtype of a tensor; of a packed one, that of the weight it stands for."""
+    return tensor.packed.native if isinstance(tensor, PackedTensor) else tensor.dtype
+
+
+def is_repacked(tensor: LazyTensor, settings: Settings) -> bool:
+    """Whether a tensor is packed and stays so."""
+    return isinstance(tensor, PackedTensor) and settings.requant == "same"
 
 
 def spans(target: Target) -> list[tuple[int, int]]:
@@ -86,6 +99,7 @@ class Renderer:
         else:
             self.operations = [(edit, self._row_operation(edit)) for edit in target.edits]
         self._scratch = scratch or Scratch()
+        self._window = threading.local()
         self._keeps_base = settings.relative_to == "base" and any(
             not edit.module.additive for edit in target.edits
         )
@@ -123,14 +137,27 @@ class Renderer:
         """Rows start:stop:step of the base in fp32; the next call reuses the memory."""
         if self.base is not None:
             return self.base[start:stop:step]
-        rows = self._stored[start:stop:step]
+        rows = self._rows(start, stop)[::step]
         return self._scratch.take(1, *rows.shape).copy_(rows)
+
+    def _rows(self, start: int, stop: int) -> Tensor:
+        """Rows as they are stored; of a packed weight only those are unpacked, and kept until this
+        thread asks for others.
+        """
+        tensor = self.target.tensor
+        if not isinstance(tensor, PackedTensor) or self.target.resized:
+            return self._stored[start:stop]
+        held = getattr(self._window, "held", None)
+        if held is None or held[0] != (start, stop):
+            rows = self.target.flat(tensor).rows(start, stop).torch()
+            held = self._window.held = ((start, stop), rows.reshape(stop - start, -1))
+        return held[1]
 
     def _exact(self, start: int, stop: int) -> Tensor:
         if self.whole is not None:
             return self.whole[start:stop]
         exact = self._scratch.take(0, stop - start, self.target.columns)
-        exact.copy_(self._stored[start:stop])
+        exact.copy_(self._rows(start, stop))
         before = self.before(start, stop) if self._keeps_base else exact
         for edit, operation in self.operations:
             self._apply(edit, operation, exact, before, start, stop)

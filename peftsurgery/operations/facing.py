@@ -16,7 +16,7 @@ from torch import Tensor
 from peftsurgery.checkpoint import Checkpoint, LazyTensor
 from peftsurgery.checkpoint.dtypes import torch_dtype
 from peftsurgery.codec import BaseWeights
-from peftsurgery.codec.bases import Stored, flat_rows
+from peftsurgery.codec.bases import Stored
 from peftsurgery.codec.experts import HALVES
 from peftsurgery.errors import UsageError
 
@@ -48,7 +48,7 @@ class Found:
         lead = 1
         while math.prod(self.shape[:lead]) != count:
             lead += 1
-        return flat_rows(self.stored, lead).rows(start, stop).torch().reshape(stop - start, -1)
+        return self.stored.flattened(lead).rows(start, stop).torch().reshape(stop - start, -1)
 
     def tensor(self) -> Tensor:
         """All of it."""

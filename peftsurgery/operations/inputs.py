@@ -21,6 +21,7 @@ from peftsurgery.operations.plan import MergePlan, plan_merge
 from peftsurgery.operations.strengths import Strength
 from peftsurgery.operations.structure import Structure, replicated
 from peftsurgery.operations.tying import TIED, embedding_rows, tied, with_vocabulary
+from peftsurgery.quantizers import logical
 
 OPEN = ("llm", "generic")  # tables that take any dotted name
 DENSE = ("F64", "F32", "F16", "BF16")
@@ -60,7 +61,7 @@ def open_inputs(
         raise UsageError("no adapter given. Pass at least one with -a ADAPTER[=STRENGTH].")
     if tied_weights not in TIED:
         raise UsageError(f"tied {tied_weights!r} is not known. Expected one of: {', '.join(TIED)}.")
-    checkpoint = open_checkpoint(base, allow_pickle=allow_pickle)
+    checkpoint = logical(open_checkpoint(base, allow_pickle=allow_pickle))
     if not unfinished:
         refuse_pending(checkpoint)
     opened: list[tuple[str, Adapter | Checkpoint]] = []
@@ -72,7 +73,6 @@ def open_inputs(
     names = [name for name, _ in opened]
     family = architecture or family_of([found for _, found in opened], checkpoint)
     weights = BaseWeights(checkpoint, architectures.get(family))
-    _check_dense(weights)
     known = weights.modules()
     decoded = [
         found if isinstance(found, Adapter) else decode(found, architecture=family, known=known)
@@ -174,15 +174,3 @@ def _check_residual(adapter: Adapter, name: str, residual_base: bool) -> None:
                 "base.save_pretrained after the "
                 f"initialisation), or {finding.remedy}."
             )
-
-
-def _check_dense(weights: BaseWeights) -> None:
-    config = weights.checkpoint.config or {}
-    quantized = config.get("quantization_config")
-    if quantized:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        raise UnsupportedError(
-            f"{weights.checkpoint.source}: the base is quantized ({method}); this version merges "
-            "into fp32, fp16 and bf16 "
-            "bases. Merge into the original and quantize the result."
-        )

@@ -8,50 +8,37 @@ tile while earlier tiles are written.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
-
-from peftsurgery import __version__
 from peftsurgery.adapter import Adapter
 from peftsurgery.checkpoint import (
     Checkpoint,
-    Deferred,
     LazyTensor,
     open_checkpoint,
-    save,
-    serialized_header,
 )
-from peftsurgery.checkpoint.dtypes import torch_dtype
 from peftsurgery.checkpoint.folders import is_index
 from peftsurgery.checkpoint.pickles import is_pickle_name
 from peftsurgery.codec.files import publish
 from peftsurgery.errors import CheckFailed, UsageError
-from peftsurgery.operations.apply import (
-    TILE,
-    Settings,
-    Survival,
-    alternatives,
-    output_dtype,
-)
+from peftsurgery.operations.apply import Settings, alternatives
 from peftsurgery.operations.inputs import Inputs, open_inputs
-from peftsurgery.operations.merge_proof import differences, written_dtype
+from peftsurgery.operations.merge_proof import differences
 from peftsurgery.operations.merge_report import (
     MergeReport,
     describe,
     plan_rows,
     report_survival,
 )
-from peftsurgery.operations.pipeline import Pipeline
-from peftsurgery.operations.plan import Target
-from peftsurgery.operations.side_files import copy_side_files
+from peftsurgery.operations.merge_writing import Written, write_merged
+from peftsurgery.operations.repack import Repack
+from peftsurgery.operations.requant import ROUNDINGS, Requant, parse
 from peftsurgery.operations.staging import staged_beside
 from peftsurgery.operations.strengths import Strength
 from peftsurgery.operations.undo import Merge
 from peftsurgery.operations.undo_writing import check_undoable, identity, write_undo
+from peftsurgery.quantizers import PackedCheckpoint, logical
 from peftsurgery.reports import Progress
 
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
@@ -66,8 +53,10 @@ def merge(
     architecture: str | None = None,
     relative_to: str = "current",
     dtype: str = "keep",
-    rounding: str = "nearest",
+    rounding: str = "auto",
     seed: int = 0,
+    requant: str | Requant = "auto",
+    gram: str | Path | None = None,
     min_survival: float | None = None,
     verify: str = "sample",
     tied: str = "error",
@@ -85,7 +74,11 @@ def merge(
     verify: "sample" recomputes one tile of every touched tensor from the written file, "full" all
     of them; untouched tensors are always compared byte by byte. tied: what to do when an adapter
     changes one side of an embedding that is also the output head: "both", "untie" or "error".
-    residual_base: the base is the one PiSSA or OLoRA left. undo: a file that will hold the original
+    residual_base: the base is the one PiSSA or OLoRA left. requant: what packed weights become, see
+    `Requant`; rounding: "nearest", "stochastic", and for packed weights "subspace" (error feedback
+    in the input directions of the change), "gptq" (with `gram`, a file of Gram matrices) or "auto",
+    which predicts what survives and chooses for each weight. min_survival: None is 0.9 where packed
+    weights are packed again, else no limit. undo: a file that will hold the original
     bytes of the touched tensors, for `unmerge`. in_place: no `dst`; the touched tensors are
     overwritten in the base itself under a journal (see `merge_in_place`).
 
@@ -93,7 +86,8 @@ def merge(
     the written file is not what was planned; UsageError, UnsupportedError and UnsafeInputError as
     the readers do. Nothing is written then.
     """
-    settings = _settings(relative_to, dtype, rounding, seed, verify)
+    wanted = parse(requant) if isinstance(requant, str) else requant
+    settings = _settings(relative_to, dtype, rounding, seed, verify, wanted)
     if in_place == (dst is not None):
         raise UsageError(
             "a merge is written either to an output (-o DST) or --in-place; give one of the two."
@@ -108,12 +102,14 @@ def merge(
         unfinished=in_place,
     )
     checkpoint = inputs.base.checkpoint
+    repack = Repack(inputs, settings, wanted, gram, min_survival)
     report = MergeReport("merge")
     if undo is not None:
         others = [str(base), *inputs.names, *([str(dst)] if dst else [])]
         _check_undo(Path(undo), others, overwrite or in_place)
         check_undoable(checkpoint)
     if dst is None:
+        repack.refuse_in_place()
         from peftsurgery.operations.in_place import merge_in_place
 
         return merge_in_place(
@@ -130,38 +126,46 @@ def merge(
     dst = Path(dst)
     check_output(checkpoint, dst, overwrite)
     describe(report, inputs, settings)
+    repack.predict(report, dst, overwrite=overwrite)
     if dry_run:
         report.summary["written"] = "nothing (--dry-run)"
         report.tables["plan"] = plan_rows(inputs.plan, settings)
         return report
     folder = checkpoint.path.is_dir() or checkpoint.kind == "sharded"
     with staged_beside(dst, folder=folder) as staged:
-        survival = _write(inputs, settings, staged, progress)
-        other_dtypes = partial(alternatives, inputs.plan.targets.values(), settings)
-        report_survival(report, survival, min_survival, other_dtypes)
-        _prove(inputs, settings, staged, full=verify == "full")
+        written = write_merged(
+            inputs, settings, staged, repack.orders, lost=repack.lost, progress=progress
+        )
+        other_dtypes = partial(alternatives, repack.dense, settings)
+        minimum = repack.minimum
+        report_survival(report, repack.kept(written.survival), minimum, other_dtypes)
+        _prove(inputs, settings, staged, repack, written, full=verify == "full")
         report.summary["check"] = (
-            f"reopened: {len(survival)} touched tensors recomputed ({verify}), the others equal "
-            "byte by byte"
+            f"reopened: {len(written.survival)} touched tensors recomputed ({verify}), the others "
+            "equal byte by byte"
         )
         if undo is not None:
             kept = _write_undo(inputs, settings, staged, Path(undo), overwrite)
             report.summary["undo file bytes"] = Path(undo).stat().st_size
             report.outputs.extend(str(path) for path in kept)
+        report.outputs.extend(repack.write_residual(dst, overwrite=overwrite))
         report.outputs.extend(str(path) for path in publish(staged, dst, overwrite=overwrite))
     return report
 
 
-def _settings(relative_to: str, dtype: str, rounding: str, seed: int, verify: str) -> Settings:
+def _settings(
+    relative_to: str, dtype: str, rounding: str, seed: int, verify: str, requant: Requant
+) -> Settings:
     for value, known, name in (
         (relative_to, ("current", "base"), "relative_to"),
         (dtype, ("keep", *DTYPES), "dtype"),
-        (rounding, ("nearest", "stochastic"), "rounding"),
+        (rounding, ROUNDINGS, "rounding"),
         (verify, ("sample", "full"), "verify"),
     ):
         if value not in known:
             raise UsageError(f"{name} {value!r} is not known. Expected one of: {', '.join(known)}.")
-    return Settings(relative_to, rounding, seed, DTYPES.get(dtype))
+    packing = "same" if requant.packs else "dequant"
+    return Settings(relative_to, rounding, seed, DTYPES.get(dtype), packing)
 
 
 def check_output(base: Checkpoint, dst: Path, overwrite: bool) -> None:
@@ -179,124 +183,7 @@ def check_output(base: Checkpoint, dst: Path, overwrite: bool) -> None:
         raise UsageError(f"{dst}: is a folder, and the base is one file; give a file name.")
 
 
-# writing ------------------------------------------------------------------------------------------
-
-
-def _write(
-    inputs: Inputs, settings: Settings, staged: Path, progress: Progress | None
-) -> dict[str, Survival]:
-    """Write every file of the base to `staged`; returns the survival of every touched tensor."""
-    base = inputs.base.checkpoint
-    files = _files(base)
-    targets = {name: inputs.plan.targets[name] for name in inputs.plan.targets}
-    orders = {
-        path: _order(base, names, targets, settings) for path, names in files.items() if names
-    }
-    sequence = [targets[name] for order in orders.values() for name in order if name in targets]
-    total = sum(t.tensor.nbytes for t in sequence)
-    done = 0
-
-    def advance(target: Target) -> None:
-        nonlocal done
-        done += target.tensor.nbytes
-        if progress is not None:
-            progress(done, total, target.name)
-
-    root = base.path if base.path.is_dir() else base.path.parent
-    with Pipeline(sequence, settings, advance) as pipeline:
-        for path, names in files.items():
-            place = staged if not staged.is_dir() else staged / path.relative_to(root)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            if _as_it_is(inputs, names, settings):
-                shutil.copyfile(path, place)
-                continue
-            tensors = {
-                base[name].name: _value(base[name], targets.get(name), pipeline, settings)
-                for name in orders[path]
-            }
-            save(place, tensors, _metadata(inputs, path, settings))
-        survival = dict(pipeline.survival)
-    if staged.is_dir():
-        copy_side_files(base, staged, config=inputs.config, dtype=settings.dtype)
-    return survival
-
-
-def _as_it_is(inputs: Inputs, names: Sequence[str], settings: Settings) -> bool:
-    """Whether a file of the base is to be copied byte for byte."""
-    touched = any(name in inputs.plan.targets for name in names)
-    return not (touched or inputs.restructured or settings.dtype)
-
-
-def _files(base: Checkpoint) -> dict[Path, list[str]]:
-    """Weight files of the base with the names of their tensors, by offset."""
-    files: dict[Path, list[str]] = {path: [] for path in base.files}
-    for name in base:
-        files[base[name].path].append(name)
-    for names in files.values():
-        names.sort(key=lambda name: (base[name].file_range() or (0, 0))[0])
-    return files
-
-
-def _order(
-    base: Checkpoint, names: Sequence[str], targets: Mapping[str, Target], settings: Settings
-) -> list[str]:
-    """The order in which `save` will ask for the tensors."""
-    outlines = {name: _outline(base[name], targets.get(name), settings) for name in names}
-    by_stored = {base[name].name: name for name in names}
-    _, order = serialized_header({base[name].name: outlines[name] for name in names})
-    return [by_stored[stored] for stored in order]
-
-
-def _outline(tensor: LazyTensor, target: Target | None, settings: Settings) -> Deferred:
-    shape = target.shape if target is not None else tuple(tensor.shape)
-    return Deferred(written_dtype(tensor, settings), shape, lambda: iter(()))
-
-
-def _value(
-    tensor: LazyTensor, target: Target | None, pipeline: Pipeline, settings: Settings
-) -> LazyTensor | Deferred:
-    if target is not None:
-        name = target.name
-        dtype = output_dtype(target, settings)
-        return Deferred(dtype, target.shape, lambda: pipeline.chunks(name), (tensor.path,))
-    dtype = written_dtype(tensor, settings)
-    if dtype == tensor.dtype:
-        return tensor
-
-    return Deferred(dtype, tuple(tensor.shape), lambda: cast(tensor, dtype), (tensor.path,))
-
-
-def cast(tensor: LazyTensor, dtype: str) -> Iterator[torch.Tensor]:
-    """A tensor that no adapter touches in another dtype, in pieces. Raises CheckFailed when a value
-    does not fit.
-    """
-    flat = tensor.torch().reshape(-1)
-    for start in range(0, flat.numel(), TILE):
-        piece = flat[start : start + TILE]
-        result = piece.to(torch_dtype(dtype))
-        if not torch.equal(torch.isfinite(result), torch.isfinite(piece)):
-            raise CheckFailed(
-                f"{tensor.name!r}: a value of {float(piece.abs().max()):g} does not fit {dtype}; "
-                "nothing was kept. Write "
-                "--dtype bf16 or fp32."
-            )
-        yield result
-
-
-def _metadata(inputs: Inputs, path: Path, settings: Settings) -> dict[str, str]:
-    base = inputs.base.checkpoint
-    known = dict(base.metadata) if len(base.files) == 1 else {"format": "pt"}
-    known["peftsurgery.operation"] = "merge"
-    known["peftsurgery.version"] = __version__
-    known["peftsurgery.adapters"] = " ".join(
-        f"{Path(name).name}={strength}"
-        for name, (_, strength) in zip(inputs.names, inputs.adapters, strict=True)
-    )
-    known["peftsurgery.options"] = (
-        f"relative-to={settings.relative_to} rounding={settings.rounding}"
-        + (f" seed={settings.seed}" if settings.rounding == "stochastic" else "")
-    )
-    return known
+# undo ------------------------------------------------------------------------------------------
 
 
 def _check_undo(undo: Path, others: Sequence[str], overwrite: bool) -> None:
@@ -320,17 +207,25 @@ def _write_undo(
     seen = inputs.base.checkpoint
     written = open_checkpoint(_entry(seen, staged))
     base = open_checkpoint(seen.path) if inputs.restructured else seen
+    parts: dict[str, str] = {}  # of packed weights -> the weight
+    if isinstance(seen, PackedCheckpoint):
+        base = open_checkpoint(seen.path)
+        parts = {o.name: name for name, p in seen.packed.items() for o in p.outlines.values()}
     changed = [
         name
         for name, tensor in base.items()
-        if name in inputs.plan.targets
+        if parts.get(name, name) in inputs.plan.targets
         or name not in written
-        or (seen[name].path, seen[name].file_range()) != (tensor.path, tensor.file_range())
+        or (name in seen and name not in parts and _span(seen[name]) != _span(tensor))
         or (written[name].dtype, tuple(written[name].shape)) != (tensor.dtype, tuple(tensor.shape))
     ]
     return write_undo(
         path, base, changed, merge_words(inputs, settings), merged=staged, overwrite=overwrite
     )
+
+
+def _span(tensor: LazyTensor) -> tuple[Path, tuple[int, int] | None]:
+    return tensor.path, tensor.file_range()
 
 
 def merge_words(inputs: Inputs, settings: Settings, *, in_place: bool = False) -> Merge:
@@ -348,12 +243,24 @@ def merge_words(inputs: Inputs, settings: Settings, *, in_place: bool = False) -
 # the proof ----------------------------------------------------------------------------------------
 
 
-def _prove(inputs: Inputs, settings: Settings, staged: Path, *, full: bool) -> None:
+def _prove(
+    inputs: Inputs,
+    settings: Settings,
+    staged: Path,
+    repack: Repack,
+    written: Written,
+    *,
+    full: bool,
+) -> None:
     """Reopen what was written: touched tensors recomputed (a tile each, or all), the others
     compared with the base.
     """
-    written = open_checkpoint(_entry(inputs.base.checkpoint, staged))
-    problems = differences(inputs, settings, written, full=full)
+    found = open_checkpoint(_entry(inputs.base.checkpoint, staged))
+    if settings.requant == "same":
+        found = logical(found)
+    problems = differences(
+        inputs, settings, found, full=full, orders=repack.orders, digests=written.digests
+    )
     if problems:
         raise CheckFailed(
             f"the written checkpoint is not what was planned: {len(problems)} tensors differ, "

@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
 from peftsurgery.checkpoint import Checkpoint, LazyTensor
 from peftsurgery.checkpoint.dtypes import torch_dtype
 from peftsurgery.checkpoint.writing import as_bytes
-from peftsurgery.operations.apply import Renderer, Settings, output_dtype, spans
+from peftsurgery.operations.apply import (
+    Renderer,
+    Settings,
+    is_repacked,
+    output_dtype,
+    plain_dtype,
+    spans,
+)
 from peftsurgery.operations.inputs import DENSE, Inputs
 from peftsurgery.operations.plan import Target
+from peftsurgery.operations.requantizing import Order, Repacker, differs
 from peftsurgery.operations.staging import workers
+from peftsurgery.quantizers import PackedTensor
 
 PIECE = 1 << 18  # bytes
 
 
 def differences(
-    inputs: Inputs, settings: Settings, written: Checkpoint, *, full: bool
+    inputs: Inputs,
+    settings: Settings,
+    written: Checkpoint,
+    *,
+    full: bool,
+    orders: Mapping[str, Order] | None = None,
+    digests: Mapping[tuple[str, str], bytes] | None = None,
 ) -> list[str]:
-    """Names of tensors of `written` that are not what the merge gives, with the reason."""
+    """Names of tensors of `written` that are not what the merge gives, with the reason.
+
+    orders, digests: of the packed weights, how they were rounded and (name, role) -> the SHA-256 of
+    each part as it was made.
+    """
     base = inputs.base.checkpoint
 
     def problem(name: str) -> str | None:
@@ -29,12 +51,40 @@ def differences(
         if target is None:
             same = _equal(base[name], written[name], settings)
             return None if same else f"{name!r} (untouched, but its bytes changed)"
+        if is_repacked(base[name], settings):
+            return _repacked_differs(
+                target, settings, written[name], (orders or {})[name], digests or {}, full=full
+            )
         rows = tile_that_differs(target, settings, written[name], full=full)
         return None if rows is None else f"{name!r} (rows {rows})"
 
     with workers() as pool:
         found = pool.map(problem, sorted(set(base) | set(written)))
         return [text for text in found if text is not None]
+
+
+def _repacked_differs(
+    target: Target,
+    settings: Settings,
+    found: LazyTensor,
+    order: Order,
+    digests: Mapping[tuple[str, str], bytes],
+    *,
+    full: bool,
+) -> str | None:
+    """What is wrong with a weight that was packed again: another format, parts that are not those
+    that were made, or rows that this merge does not give.
+    """
+    name = target.name
+    assert isinstance(target.tensor, PackedTensor)
+    if not isinstance(found, PackedTensor) or found.shape != target.tensor.shape:
+        return f"{name!r} (is no longer {target.tensor.packed.format.title})"
+    for role, part in found.packed.parts.items():
+        expected = digests.get((name, role))
+        if expected is not None and hashlib.sha256(part.read()).digest() != expected:
+            return f"{name!r} (its {role} is not what was written)"
+    rows = differs(Repacker(target, settings, order), found.packed.parts, full=full)
+    return None if rows is None else f"{name!r} (rows {rows})"
 
 
 def tile_that_differs(
@@ -58,6 +108,11 @@ def tile_that_differs(
 
 
 def _equal(before: LazyTensor, after: LazyTensor, settings: Settings) -> bool:
+    if isinstance(before, PackedTensor) and isinstance(after, PackedTensor):
+        one, other = before.packed.parts, after.packed.parts
+        return one.keys() == other.keys() and all(
+            _same(part.read(), other[role].read()) for role, part in one.items()
+        )
     if tuple(before.shape) != tuple(after.shape):
         return False
     dtype = written_dtype(before, settings)
@@ -80,4 +135,6 @@ def _same(first: memoryview, second: memoryview) -> bool:
 
 def written_dtype(tensor: LazyTensor, settings: Settings) -> str:
     """The dtype a tensor is written in: integers and packed types stay as they are."""
-    return settings.dtype if settings.dtype and tensor.dtype in DENSE else tensor.dtype
+    if settings.dtype and tensor.dtype in DENSE:
+        return settings.dtype
+    return plain_dtype(tensor)

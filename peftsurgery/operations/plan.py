@@ -12,7 +12,7 @@ from peftsurgery.adapter import Adapter, members
 from peftsurgery.algorithms import LoRA, Replace, Tokens, WeightAdapter
 from peftsurgery.algorithms.slots import fit_shape
 from peftsurgery.checkpoint import LazyTensor
-from peftsurgery.codec.bases import BaseWeights, Stored, flat_rows
+from peftsurgery.codec.bases import BaseWeights, Stored
 from peftsurgery.errors import CheckFailed, UnsupportedError, UsageError, nearest
 from peftsurgery.operations.paths import grown_embeddings, prefix_of, prefixed
 from peftsurgery.operations.strengths import Strength, block_name, check_used
@@ -73,7 +73,7 @@ class Target:
 
     def flat(self, tensor: LazyTensor) -> LazyTensor:
         """A tensor of this shape, the base's or the result's, with rows as this target counts."""
-        return flat_rows(tensor, self.lead)
+        return tensor.flattened(self.lead)
 
 
 @dataclass
@@ -236,9 +236,9 @@ def _check_dense(base: BaseWeights, targets: Mapping[str, Target]) -> None:
     for name, target in targets.items():
         if target.tensor.dtype not in MERGEABLE:
             raise UnsupportedError(
-                f"{base.checkpoint.source}: {name!r} is stored as {target.tensor.dtype}; this "
-                "version merges into fp32, fp16 and bf16 weights. Merge into the original and "
-                "quantize the result."
+                f"{base.checkpoint.source}: {name!r} is stored as {target.tensor.dtype}, in no "
+                "packed format that is known; fp32, fp16 and bf16 weights were expected beside "
+                "those. Merge into the original and quantize the result."
             )
 
 

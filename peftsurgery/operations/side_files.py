@@ -26,6 +26,8 @@ WEIGHTS = (
     ".msgpack",
     ".onnx",
 )
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -35,12 +37,14 @@ def copy_side_files(
     *,
     config: dict[str, object] | None = None,
     dtype: str | None = None,
+    dequantized: bool = False,
 ) -> None:
     """Copy what lies beside the weights of `base` into the folder `staged`, where the weights are
     already.
 
     config: what config.json becomes, None to keep it. dtype: the safetensors dtype everything was
-    written in, None when it was kept. Indexes get the names and the total size of what was written.
+    written in, None when it was kept. dequantized: packed weights have become plain ones, so what
+    configs say of them is taken out. Indexes get the names and the total size of what was written.
     Not copied: weights in other files or formats, which would no longer be those of the model,
     their indexes, and hidden files.
     """
@@ -55,14 +59,28 @@ def copy_side_files(
             continue
         if source.suffix in WEIGHTS or _stale_index(source, name, used):
             continue
+        if dequantized and source.name in QUANTIZATION_FILES:
+            continue
         target = staged / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.name.endswith(".index.json"):
             _rewrite_index(source, target)
         elif source.name == "config.json":
-            _write_config(source, target, config if name.parts == ("config.json",) else None, dtype)
+            known = config if name.parts == ("config.json",) else None
+            if dequantized:
+                known = without_quantization(known if known is not None else _json(source))
+            _write_config(source, target, known, dtype)
         else:
             shutil.copyfile(source, target)
+
+
+def without_quantization(config: dict[str, object]) -> dict[str, object]:
+    """A config that says nothing of packed weights any more, at any depth."""
+    return {
+        key: without_quantization(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in QUANTIZATION_KEYS
+    }
 
 
 def _stale_index(source: Path, name: Path, used: Collection[Path]) -> bool:

@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Iterator
 from functools import cache
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -87,7 +87,7 @@ class Bits4(Format):
                 continue
             weight = stored.removesuffix(suffix)
             state = _state(checkpoint[stored])
-            shape = tuple(map(int, state["shape"]))  # pyright: ignore[reportArgumentType]
+            shape = tuple(map(int, cast("list[int]", state["shape"])))
             names = {"weight": weight, "absmax": f"{weight}.absmax", "map": f"{weight}.quant_map"}
             nested = "nested_blocksize" in state
             if nested:
@@ -119,13 +119,13 @@ class Bits4(Format):
 
     @staticmethod
     def _block(packed: Packed) -> int:
-        return int(packed.fields["state"]["blocksize"])  # pyright: ignore[reportIndexIssue, reportCallIssue, reportArgumentType]
+        return int(_numbers(packed)["blocksize"])
 
     def _absmax(self, packed: Packed) -> Tensor:
         stored = packed.whole("absmax").reshape(-1)
         if "nested_absmax" not in packed.parts:
             return stored.float()
-        state: dict[str, float] = packed.fields["state"]  # pyright: ignore[reportAssignmentType]
+        state = _numbers(packed)
         table = packed.whole("nested_map").float().reshape(-1)
         scale = packed.whole("nested_absmax").float().reshape(-1)
         values = table.index_select(0, stored.int())
@@ -180,7 +180,7 @@ class Bits4(Format):
 
     def _stored_absmax(self, packed: Packed, absmax: Tensor) -> dict[str, Tensor]:
         """absmax (blocks,) fp32 as stored, with everything that is stored beside it."""
-        state: dict[str, object] = dict(packed.fields["state"])  # pyright: ignore[reportArgumentType, reportCallIssue]
+        state = dict(cast("dict[str, object]", packed.fields["state"]))
         kept = {role: packed.whole(role) for role in ("map", "state") if role in packed.parts}
         if "nested_absmax" not in packed.outlines:
             made = {"absmax": absmax}
@@ -200,7 +200,7 @@ class Bits4(Format):
 
     def _nested_again(self, packed: Packed, absmax: Tensor) -> dict[str, Tensor]:
         """Second-level codes of changed scales; a second-level scale grows where it has to."""
-        state: dict[str, float] = packed.fields["state"]  # pyright: ignore[reportAssignmentType]
+        state = _numbers(packed)
         size, offset = int(state["nested_blocksize"]), float(state["nested_offset"])
         book = Codebook(packed.whole("nested_map").reshape(-1))
         old_codes = packed.whole("absmax").reshape(-1)
@@ -232,7 +232,7 @@ class Bits4(Format):
         return {"weight": stored.reshape(outline.shape)}
 
     def fresh(self, name: str, shape: tuple[int, ...], native: str, **options: object) -> Packed:
-        block, nested = int(options.get("block", 64)), bool(options.get("nested", True))  # pyright: ignore[reportArgumentType]
+        block, nested = cast(int, options.get("block", 64)), bool(options.get("nested", True))
         if block not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
             raise UsageError(f"{self.title}: a block of {block}; expected 32, 64, 128 … 4096.")
         dtype = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[native]
@@ -285,6 +285,11 @@ class FP4(Bits4):
     title = "bitsandbytes FP4"
     quant_type = "fp4"
     levels = FP4_LEVELS
+
+
+def _numbers(packed: Packed) -> dict[str, float]:
+    """The numbers of the quant state."""
+    return cast("dict[str, float]", packed.fields["state"])
 
 
 def _nested(shifted: Tensor, book: Codebook) -> dict[str, Tensor]:

@@ -5,13 +5,41 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from peftsurgery.checkpoint import Checkpoint, LazyTensor
+from peftsurgery.checkpoint.gguf import GGUFCheckpoint
 from peftsurgery.errors import UnsupportedError, UsageError, nearest
+from peftsurgery.quantizers.awq import AWQ
 from peftsurgery.quantizers.bitsandbytes4 import FP4, NF4
 from peftsurgery.quantizers.bitsandbytes8 import Int8
+from peftsurgery.quantizers.block_float8 import BlockFloat8
+from peftsurgery.quantizers.comfy_nvfp4 import ComfyNvfp4
+from peftsurgery.quantizers.compressed_float8 import CompressedFloat8, FbgemmFloat8
 from peftsurgery.quantizers.configs import quantization_config
+from peftsurgery.quantizers.gguf_view import gguf_tensors
+from peftsurgery.quantizers.gptq import GPTQ
+from peftsurgery.quantizers.mxfp4 import CompressedMxfp4, DeepSeekMxfp4, GptOss
+from peftsurgery.quantizers.nvfp4 import CompressedNvfp4, ModelOptNvfp4
 from peftsurgery.quantizers.packed import Format, Packed, PackedTensor
+from peftsurgery.quantizers.plain_float8 import PlainFloat8
+from peftsurgery.quantizers.scaled_float8 import ComfyFloat8
 
-FORMATS: tuple[Format, ...] = (NF4(), FP4(), Int8())
+FORMATS: tuple[Format, ...] = (
+    NF4(),
+    FP4(),
+    Int8(),
+    GPTQ(),
+    AWQ(),
+    ComfyFloat8(),
+    ComfyNvfp4(),
+    CompressedNvfp4(),
+    ModelOptNvfp4(),
+    GptOss(),
+    CompressedMxfp4(),
+    DeepSeekMxfp4(),
+    BlockFloat8(),
+    FbgemmFloat8(),
+    CompressedFloat8(),
+    PlainFloat8(),
+)
 
 
 def by_name(name: str) -> Format:
@@ -31,12 +59,17 @@ class PackedCheckpoint(Checkpoint):
     stored: Checkpoint
     packed: Mapping[str, Packed]
 
+    def with_tensors(self, tensors: Mapping[str, LazyTensor]) -> PackedCheckpoint:
+        return _view(self.stored, tensors, self.packed)
+
 
 def logical(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with its packed weights dequantized on demand; itself when it has none.
 
     Raises UnsupportedError when its config names a quantization of which nothing was recognised.
     """
+    if isinstance(checkpoint, GGUFCheckpoint):
+        return _view(checkpoint, *gguf_tensors(checkpoint))
     packed: dict[str, Packed] = {}
     owner: dict[str, str] = {}  # stored name -> the weight it is part of
     for format in FORMATS:
@@ -56,6 +89,12 @@ def logical(checkpoint: Checkpoint) -> Checkpoint:
             tensors[name] = tensor
         elif weight not in tensors:
             tensors[weight] = PackedTensor(packed[weight])
+    return _view(checkpoint, tensors, packed)
+
+
+def _view(
+    checkpoint: Checkpoint, tensors: Mapping[str, LazyTensor], packed: Mapping[str, Packed]
+) -> PackedCheckpoint:
     view = PackedCheckpoint(
         checkpoint.path,
         tensors,
