@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from peftsurgery.operations.extract import extract as extract
     from peftsurgery.operations.inspect import inspect as inspect
     from peftsurgery.operations.merge import merge as merge
+    from peftsurgery.operations.quantize import dequantize as dequantize
+    from peftsurgery.operations.quantize import quantize as quantize
     from peftsurgery.operations.resize_rank import resize_rank as resize_rank
     from peftsurgery.operations.unmerge import unmerge as unmerge
     from peftsurgery.operations.verify import verify as verify
@@ -29,11 +31,13 @@ _HOMES = {
     "Checkpoint": "peftsurgery.checkpoint",
     "combine": "peftsurgery.operations.combine",
     "convert": "peftsurgery.operations.convert",
+    "dequantize": "peftsurgery.operations.quantize",
     "extract": "peftsurgery.operations.extract",
     "inspect": "peftsurgery.operations.inspect",
     "load_adapter": "peftsurgery.codec",
     "merge": "peftsurgery.operations.merge",
     "open_checkpoint": "peftsurgery.checkpoint",
+    "quantize": "peftsurgery.operations.quantize",
     "resize_rank": "peftsurgery.operations.resize_rank",
     "save_adapter": "peftsurgery.codec",
     "unmerge": "peftsurgery.operations.unmerge",

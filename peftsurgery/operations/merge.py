@@ -31,7 +31,7 @@ from peftsurgery.operations.merge_report import (
     plan_rows,
     report_survival,
 )
-from peftsurgery.operations.merge_writing import Written, write_merged
+from peftsurgery.operations.merge_writing import Source, Written, write_merged
 from peftsurgery.operations.repack import Repack
 from peftsurgery.operations.requant import ROUNDINGS, Requant, parse
 from peftsurgery.operations.staging import staged_beside
@@ -132,9 +132,16 @@ def merge(
         report.tables["plan"] = plan_rows(inputs.plan, settings)
         return report
     folder = checkpoint.path.is_dir() or checkpoint.kind == "sharded"
+    source = Source(
+        checkpoint,
+        inputs.plan.targets,
+        _metadata(inputs, settings),
+        inputs.config,
+        inputs.restructured,
+    )
     with staged_beside(dst, folder=folder) as staged:
         written = write_merged(
-            inputs, settings, staged, repack.orders, lost=repack.lost, progress=progress
+            source, settings, staged, repack.orders, lost=repack.lost, progress=progress
         )
         other_dtypes = partial(alternatives, repack.dense, settings)
         minimum = repack.minimum
@@ -181,6 +188,21 @@ def check_output(base: Checkpoint, dst: Path, overwrite: bool) -> None:
         raise UsageError(f"{dst}: the base is a folder of files; give a folder name.")
     if not folder and dst.is_dir():
         raise UsageError(f"{dst}: is a folder, and the base is one file; give a file name.")
+
+
+def _metadata(inputs: Inputs, settings: Settings) -> dict[str, str]:
+    adapters = " ".join(
+        f"{Path(name).name}={strength}"
+        for name, (_, strength) in zip(inputs.names, inputs.adapters, strict=True)
+    )
+    options = f"relative-to={settings.relative_to} rounding={settings.rounding}"
+    if settings.rounding == "stochastic":
+        options += f" seed={settings.seed}"
+    return {
+        "peftsurgery.operation": "merge",
+        "peftsurgery.adapters": adapters,
+        "peftsurgery.options": options,
+    }
 
 
 # undo ------------------------------------------------------------------------------------------
@@ -259,7 +281,13 @@ def _prove(
     if settings.requant == "same":
         found = logical(found)
     problems = differences(
-        inputs, settings, found, full=full, orders=repack.orders, digests=written.digests
+        inputs.base.checkpoint,
+        inputs.plan.targets,
+        settings,
+        found,
+        full=full,
+        orders=repack.orders,
+        digests=written.digests,
     )
     if problems:
         raise CheckFailed(

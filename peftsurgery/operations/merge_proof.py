@@ -19,7 +19,7 @@ from peftsurgery.operations.apply import (
     plain_dtype,
     spans,
 )
-from peftsurgery.operations.inputs import DENSE, Inputs
+from peftsurgery.operations.inputs import DENSE
 from peftsurgery.operations.plan import Target
 from peftsurgery.operations.requantizing import Order, Repacker, differs
 from peftsurgery.operations.staging import workers
@@ -29,7 +29,8 @@ PIECE = 1 << 18  # bytes
 
 
 def differences(
-    inputs: Inputs,
+    base: Checkpoint,
+    targets: Mapping[str, Target],
     settings: Settings,
     written: Checkpoint,
     *,
@@ -42,12 +43,11 @@ def differences(
     orders, digests: of the packed weights, how they were rounded and (name, role) -> the SHA-256 of
     each part as it was made.
     """
-    base = inputs.base.checkpoint
 
     def problem(name: str) -> str | None:
         if name not in written or name not in base:
             return f"{name!r} (only in {'the result' if name in written else 'the base'})"
-        target = inputs.plan.targets.get(name)
+        target = targets.get(name)
         if target is None:
             same = _equal(base[name], written[name], settings)
             return None if same else f"{name!r} (untouched, but its bytes changed)"

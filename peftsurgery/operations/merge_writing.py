@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from peftsurgery import __version__
-from peftsurgery.checkpoint import Deferred, LazyTensor, save, serialized_header
+from peftsurgery.checkpoint import Checkpoint, Deferred, LazyTensor, save, serialized_header
 from peftsurgery.checkpoint.dtypes import torch_dtype
 from peftsurgery.checkpoint.writing import Joint
 from peftsurgery.errors import CheckFailed
 from peftsurgery.operations.apply import TILE, Settings, Survival, is_repacked, output_dtype
-from peftsurgery.operations.inputs import Inputs
 from peftsurgery.operations.merge_proof import written_dtype
 from peftsurgery.operations.pipeline import Pipeline
 from peftsurgery.operations.plan import Target
@@ -26,6 +25,17 @@ from peftsurgery.operations.requantizing import Order
 from peftsurgery.operations.side_files import copy_side_files
 from peftsurgery.quantizers import PackedTensor
 from peftsurgery.reports import Progress
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is written again: a checkpoint as it is seen, and what of it changes."""
+
+    checkpoint: Checkpoint
+    targets: Mapping[str, Target]
+    metadata: Mapping[str, str]  # of the operation
+    config: dict[str, object] | None = None  # config.json as it becomes; None: as it is
+    restructured: bool = False  # it is seen with other tensors than its files hold
 
 
 @dataclass(frozen=True)
@@ -48,7 +58,7 @@ class Written:
 
 
 def write_merged(
-    inputs: Inputs,
+    source: Source,
     settings: Settings,
     staged: Path,
     orders: Mapping[str, Order],
@@ -59,8 +69,8 @@ def write_merged(
     """Write every file of the base to `staged`. orders: how packed targets are rounded; lost: gets
     what rounding took from each, and its change.
     """
-    base = inputs.base.checkpoint
-    files = {path: _sorted(places) for path, places in _places(inputs, settings).items()}
+    base = source.checkpoint
+    files = {path: _sorted(places) for path, places in _places(source, settings).items()}
     made = [place for places in files.values() for place in places if place.target is not None]
     dense = [place.target for place in made if place.role is None and place.target]
     packed = {place.name: place.target for place in made if place.role and place.target}
@@ -83,23 +93,23 @@ def write_merged(
         for path, places in files.items():
             file = staged if not staged.is_dir() else staged / path.relative_to(root)
             file.parent.mkdir(parents=True, exist_ok=True)
-            if not places or _as_it_is(inputs, places, settings):
+            if not places or _as_it_is(source, places, settings):
                 shutil.copyfile(path, file)
                 continue
             tensors = {
                 place.tensor.name: _value(place, pipeline, repacking, joints) for place in places
             }
-            save(file, tensors, _metadata(inputs, settings))
+            save(file, tensors, _metadata(source))
         written = Written({**pipeline.survival, **repacking.survival}, repacking.digests)
     if staged.is_dir():
         plain = settings.requant == "dequant"
-        copy_side_files(base, staged, config=inputs.config, dtype=settings.dtype, dequantized=plain)
+        copy_side_files(base, staged, config=source.config, dtype=settings.dtype, dequantized=plain)
     return written
 
 
-def _places(inputs: Inputs, settings: Settings) -> dict[Path, list[Place]]:
+def _places(source: Source, settings: Settings) -> dict[Path, list[Place]]:
     """Weight files of the base with what they will hold, by offset in the base."""
-    base, targets = inputs.base.checkpoint, inputs.plan.targets
+    base, targets = source.checkpoint, source.targets
     files: dict[Path, list[tuple[int, Place]]] = {path: [] for path in base.files}
     for name, tensor in base.items():
         target = targets.get(name)
@@ -135,9 +145,9 @@ def _sorted(places: list[Place]) -> list[Place]:
     return [by_stored[stored] for stored in order]
 
 
-def _as_it_is(inputs: Inputs, places: list[Place], settings: Settings) -> bool:
+def _as_it_is(source: Source, places: list[Place], settings: Settings) -> bool:
     """Whether a file of the base is to be copied byte for byte."""
-    if inputs.restructured or settings.dtype:
+    if source.restructured or settings.dtype:
         return False
     return not any(
         place.target is not None or isinstance(place.tensor, PackedTensor) for place in places
@@ -197,17 +207,7 @@ def cast(tensor: LazyTensor, dtype: str) -> Iterator[torch.Tensor]:
         yield result
 
 
-def _metadata(inputs: Inputs, settings: Settings) -> dict[str, str]:
-    base = inputs.base.checkpoint
+def _metadata(source: Source) -> dict[str, str]:
+    base = source.checkpoint
     known = dict(base.metadata) if len(base.files) == 1 else {"format": "pt"}
-    known["peftsurgery.operation"] = "merge"
-    known["peftsurgery.version"] = __version__
-    known["peftsurgery.adapters"] = " ".join(
-        f"{Path(name).name}={strength}"
-        for name, (_, strength) in zip(inputs.names, inputs.adapters, strict=True)
-    )
-    known["peftsurgery.options"] = (
-        f"relative-to={settings.relative_to} rounding={settings.rounding}"
-        + (f" seed={settings.seed}" if settings.rounding == "stochastic" else "")
-    )
-    return known
+    return {**known, "peftsurgery.version": __version__, **source.metadata}

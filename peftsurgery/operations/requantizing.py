@@ -173,7 +173,7 @@ class Repacker:
         rows = torch.cat(inner)
         if len(rows) > min(DIRECTIONS * 4, rows.shape[1] // 2):
             return None
-        left, sizes, right = torch.linalg.svd(rows.double(), full_matrices=False)
+        _, sizes, right = torch.linalg.svd(rows.double(), full_matrices=False)
         return right[sizes > SAFE * sizes[0]].T.float().contiguous()
 
 
