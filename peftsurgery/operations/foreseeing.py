@@ -23,6 +23,7 @@ from peftsurgery.reports.base import Row
 
 ROWS = 64  # of each weight
 ENOUGH = 0.98  # nearest rounding, which adds the least noise, is taken where it keeps so much
+OUTSIDE = 1e-3  # of the values: more cannot be written with the scales there are
 TRIED = ("nearest", "subspace", "stochastic")
 
 
@@ -50,6 +51,9 @@ def foresee(
     matrix, change = repacker.part(start, stop)
     grid, codes = packed.format.grid(packed, start, stop)
     before, rows = grid.values(codes), slice(start, stop)
+    if grid.outside(matrix[rows]) > OUTSIDE:  # other scales will be needed
+        matrix, change = repacker.matrices()
+        grid = packed.format.fit(packed, matrix)[0].rows(start, stop)
     found: dict[str, Survival] = {}
     for rounding in dict.fromkeys((*TRIED, order.rounding)):
         repacker.order = replace(order, rounding=rounding)

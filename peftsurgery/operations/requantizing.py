@@ -68,13 +68,14 @@ class Repacker:
                 "the adapters with inspect --norms."
             )
         grid, parts = self.format.fit(self.packed, matrix)
-        old, codes = self.format.grid(self.packed, 0, self.packed.rows)
+        old, previous = self.format.grid(self.packed, 0, self.packed.rows)
+        codes = torch.empty_like(previous)  # the former may lie in the file's own pages
         total = Survival()
         lost = torch.empty_like(matrix) if keep_lost else None
         for start, stop in self.chunks():
             rows = slice(start, stop)
-            before = old.rows(start, stop).values(codes[rows])
-            chosen = self.codes(start, grid.rows(start, stop), matrix, change, codes[rows])
+            before = old.rows(start, stop).values(previous[rows])
+            chosen = self.codes(start, grid.rows(start, stop), matrix, change, previous[rows])
             written = grid.rows(start, stop).values(chosen)
             total.add(survival(matrix[rows], change[rows], before, written))
             codes[rows] = chosen

@@ -3,7 +3,7 @@
 Stored: `X.weight` int8 (rows, columns), `X.SCB` fp32 (rows,), the largest magnitude of each row,
 and `X.weight_format`, uint8, 0 for plain rows:
 
-    w = code · SCB / 127, computed as code · (SCB · 0.0078740157)
+    w = code · SCB / 127, computed as (code · SCB) · 0.0078740157
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Int8(Format):
         return self._grid(packed.whole("scale")[start:stop]), codes
 
     def _grid(self, largest: Tensor) -> Grid:
-        return Grid(self.book, largest.float()[:, None] * FACTOR)
+        return Grid(self.book, largest.float()[:, None], factor=FACTOR)
 
     def fit(self, packed: Packed, matrix: Tensor) -> tuple[Grid, dict[str, Tensor]]:
         largest = matrix.abs().amax(1)

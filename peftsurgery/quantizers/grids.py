@@ -11,9 +11,12 @@ from torch import Tensor
 from peftsurgery.quantizers.books import Codebook
 
 
+EDGE = 0.01  # of the outermost level: so far beyond it a value still counts as inside
+
+
 @dataclass(frozen=True)
 class Grid:
-    """w[r, c] = scale · (book[code] - zero) + shift, every one of the three constant over a group.
+    """w[r, c] = factor · scale · (book[code] - zero) + shift, the last three constant over a group.
 
     scale, zero and shift: fp32 (rows or 1, groups). Column c lies in group c // group, or in
     `order[c]` where that is given (GPTQ's act-order); group 0 is the whole row.
@@ -25,6 +28,7 @@ class Grid:
     shift: Tensor | None = None
     group: int = 0
     order: Tensor | None = None
+    factor: float = 1.0  # on all values, multiplied last: it decides the rounding of the product
 
     def spread(self, values: Tensor, start: int, stop: int) -> Tensor:
         """A per-group tensor over columns start:stop; (rows or 1, stop - start) or (rows, 1)."""
@@ -45,6 +49,8 @@ class Grid:
         if self.zero is not None:
             found -= self.spread(self.zero, start, stop)
         found *= self.spread(self.scale, start, stop)
+        if self.factor != 1:
+            found *= self.factor
         if self.shift is not None:
             found += self.spread(self.shift, start, stop)
         return found
@@ -53,6 +59,8 @@ class Grid:
         """(w - shift) / scale + zero of weights (rows, n); 0 + zero where the scale is 0."""
         stop = start + weight.shape[1]
         scale = self.spread(self.scale, start, stop)
+        if self.factor != 1:
+            scale = scale * self.factor
         if self.shift is not None:
             weight = weight - self.spread(self.shift, start, stop)
         found = weight / torch.where(scale == 0, torch.inf, scale)
@@ -63,6 +71,12 @@ class Grid:
     def nearest(self, weight: Tensor, start: int = 0) -> Tensor:
         """Codes of the nearest values."""
         return self.book.nearest(self.units(weight, start))
+
+    def outside(self, weight: Tensor) -> float:
+        """The share of weights (rows, columns) beyond the outermost values."""
+        units = self.units(weight)
+        beyond = (units < self.book.low * (1 + EDGE)) | (units > self.book.high * (1 + EDGE))
+        return float(beyond.float().mean())
 
     def rows(self, start: int, stop: int) -> Grid:
         """The grid of some of the rows."""
@@ -88,6 +102,28 @@ class Grid:
         if lacking:
             per_weight = torch.nn.functional.pad(per_weight, (0, lacking))
         return per_weight.reshape(rows, count, self.group).sum(2)
+
+
+def extremes(
+    weight: Tensor, group: int, order: Tensor | None = None, count: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The least and the greatest value of every group, (rows, groups), of weights (rows, columns);
+    groups as in Grid, `count` of them where their `order` is given. 0 for a group of no column.
+    """
+    rows, columns = weight.shape
+    if order is not None:
+        index = order.long().expand(rows, -1)
+        empty = weight.new_zeros(rows, count)
+        return (
+            empty.scatter_reduce(1, index, weight, "amin", include_self=False),
+            empty.scatter_reduce(1, index, weight, "amax", include_self=False),
+        )
+    group = group or columns
+    lacking = -columns % group
+    if lacking:  # the last value once more changes neither
+        weight = torch.cat((weight, weight[:, -1:].expand(rows, lacking)), 1)
+    least, greatest = torch.aminmax(weight.reshape(rows, -1, group), dim=2)
+    return least, greatest
 
 
 # (weight, grid, codes it had) -> codes
