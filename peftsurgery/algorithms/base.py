@@ -31,6 +31,11 @@ def is_one(strength: float | Tensor) -> bool:
     return not isinstance(strength, Tensor) and strength == 1
 
 
+def is_zero(strength: float | Tensor) -> bool:
+    """Whether t is the number 0; a tensor is never looked into."""
+    return not isinstance(strength, Tensor) and strength == 0
+
+
 class WeightAdapter(AdapterTensors):
     """One learned change of one weight; see the subclasses for the formula of ΔW.
 
@@ -107,6 +112,13 @@ class WeightAdapter(AdapterTensors):
         if kernel and tuple(dense.shape[2:]) != kernel:
             dense = dense.reshape(dense.shape[0], -1, *kernel)
         return layer.apply(x, dense if layer.kind == "embedding" else dense.to(x.dtype))
+
+    def onto(self, y: Tensor, x: Tensor, layer: Layer, strength: float | Tensor = 1.0) -> Tensor:
+        """y + t · change(x, layer) in y's dtype; "sum" only."""
+        change = self.change(x, layer)
+        if not is_one(strength):
+            change = change * strength
+        return y + (change if change.dtype == y.dtype else change.to(y.dtype))
 
     def folds(self, weight: Tensor, positions: int) -> bool:
         """Whether running a layer with `added(weight)` costs less than y + t · change(x, layer),
@@ -203,26 +215,29 @@ class WeightAdapter(AdapterTensors):
     # --- merging ----------------------------------------------------------------------------------
 
     def merged(
-        self, weight: Tensor, bias: Tensor | None = None, strength: float = 1.0
+        self, weight: Tensor, bias: Tensor | None = None, strength: float | Tensor = 1.0
     ) -> tuple[Tensor, Tensor | None]:
-        """(W', b') in fp32: W' = W + t (W_1 - W), b' likewise; t = `strength`.
+        """(W', b') in fp32: W' = W + t (W_1 - W), b' likewise; t = `strength`, never looked into
+        where it is a tensor.
 
         W_1 = W + ΔW, or m (W + ΔW) / ||W + ΔW|| for DoRA (a zero norm divides by nothing and leaves
         zeros), or the new value. Exactly W at t = 0 and exactly W_1 at t = 1. b' is None when
         neither side has a bias.
         """
         base = pad_to(weight.float(), self.padded_shape)
-        if strength == 0:
+        if is_zero(strength):
             result = base.clone()
-        elif self.additive:
+        elif not self.additive:
+            full = self._replacement(base)
+            result = full if is_one(strength) else base + strength * (full - base)
+        elif isinstance(strength, Tensor):
+            result = self.added(base, strength)
+        else:
             self._require_fit(tuple(base.shape))
             flat = base.reshape(base.shape[0], -1)
             if flat.data_ptr() == weight.data_ptr():  # float() and reshape() did not copy
                 flat = flat.clone()
             result = self.accumulate(flat, 0, self._shape[0], strength).reshape(base.shape)
-        else:
-            full = self._replacement(base)
-            result = full if strength == 1 else base + strength * (full - base)
         return result, self._merged_bias(bias, strength)
 
     def _replacement(self, base: Tensor) -> Tensor:
@@ -253,20 +268,20 @@ class WeightAdapter(AdapterTensors):
             norm = norm.masked_fill(zero, math.inf)
         return self.magnitude.float() / norm + zero
 
-    def merged_bias(self, bias: Tensor | None, strength: float) -> Tensor | None:
+    def merged_bias(self, bias: Tensor | None, strength: float | Tensor) -> Tensor | None:
         """b' of `merged` alone."""
         return self._merged_bias(bias, strength)
 
-    def _merged_bias(self, bias: Tensor | None, strength: float) -> Tensor | None:
+    def _merged_bias(self, bias: Tensor | None, strength: float | Tensor) -> Tensor | None:
         if bias is not None:
             base = bias.float()
             if self.padded_shape is not None:
                 base = pad_to(base, (self.padded_shape[self._bias_axis],))
-        elif self.bias is None or strength == 0:
+        elif self.bias is None or is_zero(strength):
             return None
         else:
             base = torch.zeros(self.bias.numel(), device=self.bias.device)
-        if self.bias is None or strength == 0:
+        if self.bias is None or is_zero(strength):
             return base.clone()
         if base.shape != self.bias.shape:
             raise UsageError(
@@ -276,7 +291,7 @@ class WeightAdapter(AdapterTensors):
         change = self.bias.float()
         if not self.bias_is_value:
             return base + strength * change
-        return change.clone() if strength == 1 else base + strength * (change - base)
+        return change.clone() if is_one(strength) else base + strength * (change - base)
 
     # --- rows -------------------------------------------------------------------------------------
 

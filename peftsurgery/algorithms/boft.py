@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CannotFuse, UsageError
-from ..linalg import butterfly, cayley, skew_part, within_norm
+from ..linalg import butterfly, cayley, skew_part, turn, within_norm
 from .fresh import refuse_options
 from .maps import (
     OTHER_INPUTS,
@@ -19,6 +19,8 @@ from .maps import (
     WeightMap,
     between_blocks,
     block_size_of,
+    channels_back,
+    channels_last,
     join_vectors,
     vector_like,
 )
@@ -111,11 +113,19 @@ class BOFT(WeightMap):
 
     def rotations(self, dtype: torch.dtype) -> Tensor:
         """D (m, n, b, b)."""
-        s = self.skew(dtype)
-        return cayley(-s if self.form == "peft" else s)
+        if self.form == "lycoris":
+            return cayley(self.skew(dtype))
+        # cayley(-S) = 2 (I + S)⁻¹ - I, in few calls
+        r = self.blocks.to(dtype)
+        eye = torch.eye(r.shape[-1], dtype=dtype, device=r.device)
+        inverse = torch.linalg.inv_ex(torch.add(eye, r, alpha=0.5).sub(r.mT, alpha=0.5)).inverse
+        return torch.add(-eye, inverse, alpha=2)
 
     def _turn(self, x: Tensor, dtype: torch.dtype, *, inverse: bool = False) -> Tensor:
         blocks = self.rotations(dtype).to(x.dtype)
+        if self.form == "peft" and blocks.shape[0] == 1:  # halves that are neighbours already
+            only = blocks.squeeze(0)
+            return turn(x, only.mT if inverse else only)
         return butterfly(x, blocks, chunks=self.form == "peft", inverse=inverse)
 
     def _map(self, weight: Tensor) -> Tensor:
@@ -147,7 +157,7 @@ class BOFT(WeightMap):
         return torch.addcmul(shift, y - shift, factor)
 
     def _channels(self, y: Tensor, axis: int, *, transposed: bool) -> Tensor:
-        y = y.movedim(axis, -1)
+        y = channels_last(y, axis)
         rescale = self.rescale if self.form == "lycoris" else None
         factor = None if rescale is None else rescale.to(y.dtype).reshape(-1)
         if factor is not None and transposed:
@@ -155,7 +165,7 @@ class BOFT(WeightMap):
         y = self._turn(y, torch.promote_types(y.dtype, torch.float32), inverse=transposed)
         if factor is not None and not transposed:
             y = y * factor
-        return y.movedim(-1, axis)
+        return channels_back(y, axis)
 
     def _changes_nothing(self) -> bool:
         if self.rescale is not None and bool((self.rescale != 1).any()):

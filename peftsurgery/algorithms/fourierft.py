@@ -11,8 +11,9 @@ import torch
 from torch import Generator, Tensor, nn
 
 from ..errors import CannotFuse, CannotSplit, UsageError
+from .base import is_one
 from .fresh import refuse_options, trainable
-from .layer import Layer
+from .layer import Layer, add_product
 from .sized import SizedChange
 from .slots import Part
 from .storage import Common
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
     from .base import WeightAdapter
+
+
+Pair = tuple[Tensor, Tensor]
 
 
 class FourierFT(SizedChange):
@@ -87,26 +91,53 @@ class FourierFT(SizedChange):
         n, (rows, columns) = self.spectrum.numel(), self.matrix_shape
         if 2 * n >= min(rows, columns):
             return None
-        u, v, o, i = self._places()
-        if self._turned:
-            u, v, o, i = v, u, i, o
-        p = torch.arange(rows, device=u.device)[:, None] * u % o
-        q = torch.arange(columns, device=u.device)[:, None] * v % i
-        a, b = p.to(dtype) * (2 * math.pi / o), q.to(dtype) * (2 * math.pi / i)
-        gain = self.spectrum.to(dtype) * (float(self.scale) / (o * i))
-        return torch.cat([a.cos() * gain, -a.sin() * gain], 1), torch.cat([b.cos(), b.sin()], 1).T
+        up, down = self._waves(dtype)
+        gain = self.spectrum.to(dtype) * float(self.scale)
+        up = (up.view(-1, 2, n) * gain).flatten(1)
+        return (down.T, up.T) if self._turned else (up, down)
+
+    def _waves(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`waves` of the layer."""
+        o, i = reversed(self.matrix_shape) if self._turned else self.matrix_shape
+        return waves(self.seed, self.spectrum.numel(), o, i, dtype, self.spectrum.device)
+
+    @property
+    def _few(self) -> bool:
+        """Whether two products with the waves take less time than two FFTs per position: about n <
+        45 log2 of a side."""
+        n, (rows, columns) = self.spectrum.numel(), self.matrix_shape
+        fast = 90 * (rows * math.log2(rows) + columns * math.log2(columns))
+        return 2 * n * (rows + columns) < fast
 
     def change(self, x: Tensor, layer: Layer) -> Tensor:
-        """Two FFTs per position instead of a dense ΔW: y = Re ifft_o(C), C[u_f] += s_f X[v_f], X =
-        ifft_i(x)."""
+        """Of few frequencies by their waves, of many by two FFTs per position; never through a
+        dense ΔW: y = Re ifft_o(C), C[u_f] += s_f X[v_f], X = ifft_i(x)."""
         if layer.kind not in ("linear", "hf_conv1d"):
             return super().change(x, layer)
+        exact = torch.promote_types(x.dtype, torch.float32)
+        if self._few:
+            h, up = self._halves(x.to(exact))
+            return (h @ up.T).to(x.dtype).view(*x.shape[:-1], -1)
         u, v, o, _ = self._places()
-        waves = torch.fft.ifft(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
-        gain = (self.spectrum * self.scale).to(waves.real.dtype)
+        waves = torch.fft.ifft(x.to(exact), dim=-1)
+        gain = self.scaled(self.spectrum).to(waves.real.dtype)
         found = torch.zeros(*x.shape[:-1], o, dtype=waves.dtype, device=x.device)
         found = found.index_add(-1, u, waves.index_select(-1, v) * gain)
         return torch.fft.ifft(found, dim=-1).real.to(x.dtype)
+
+    def onto(self, y: Tensor, x: Tensor, layer: Layer, strength: float | Tensor = 1.0) -> Tensor:
+        plain = is_one(strength) and x.dtype == y.dtype == torch.float32
+        if layer.kind not in ("linear", "hf_conv1d") or not plain or not self._few:
+            return super().onto(y, x, layer, strength)
+        h, up = self._halves(x)
+        return add_product(y, h, up.T)
+
+    def _halves(self, x: Tensor) -> Pair:
+        """(down x (positions, 2n), up with the spectrum), whose product is the change."""
+        up, down = self._waves(x.dtype)
+        gain = (self.spectrum * self.scale).to(x.dtype)
+        gained = (up.view(up.shape[0], 2, -1) * gain).view(up.shape)
+        return x.reshape(-1, x.shape[-1]) @ down.T, gained
 
     # --- rows -------------------------------------------------------------------------------------
 
@@ -149,7 +180,23 @@ class FourierFT(SizedChange):
         return trainable(adapter, dtype)
 
 
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def waves(
+    seed: int, count: int, o: int, i: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(up (o, 2n), down (2n, i)): ΔW = scale · up diag(s, s) down, as cos (a + b) = cos a cos b -
+    sin a sin b. Shared by all layers of one shape."""
+    flat = places(seed, count, o * i).to(device)
+    p = torch.arange(o, device=device)[:, None] * (flat // i) % o
+    q = torch.arange(i, device=device)[:, None] * (flat % i) % i
+    a, b = p.to(dtype) * (2 * math.pi / o), q.to(dtype) * (2 * math.pi / i)
+    up = torch.cat([a.cos(), -a.sin()], 1) / (o * i)
+    return up, torch.cat([b.cos(), b.sin()], 1).T.contiguous()
+
+
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def places(seed: int, count: int, size: int) -> Tensor:
     """(n,) flat indices: the first n of torch.randperm(o · i) from a CPU generator of this seed, as
     PEFT draws them (`tuners/fourierft/layer.py`)."""

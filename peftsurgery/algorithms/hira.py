@@ -52,8 +52,8 @@ class HiRA(WeightAdapter):
     def _replacement(self, base: Tensor) -> Tensor:
         self._require_fit(tuple(base.shape))
         up, down = (t.to(base.dtype).flatten(1) for t in (self.up, self.down))
-        gain = (up * self.scale.to(base.dtype)) @ down
-        return base + base * gain.reshape(base.shape)
+        gain = self.scaled(up) @ down
+        return torch.addcmul(base, base, gain if base.ndim == 2 else gain.reshape(base.shape))
 
     # --- rows -------------------------------------------------------------------------------------
 

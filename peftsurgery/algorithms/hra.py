@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CannotFuse, UsageError
-from ..linalg import gram_schmidt, householder, normalized_columns
+from ..linalg import gram_schmidt, householder
 from .fresh import refuse_options
-from .maps import OTHER_INPUTS, MapAxis, WeightMap
+from .maps import OTHER_INPUTS, MapAxis, WeightMap, channels_back, channels_last
 from .slots import Part
 from .storage import Common
 
@@ -53,22 +53,33 @@ class HRA(WeightMap):
     def _admits(self, shape: tuple[int, ...]) -> bool:
         return len(shape) >= 2 and math.prod(shape[1:]) == self.u.shape[0]
 
-    def _unit(self, dtype: torch.dtype) -> Tensor:
-        u = self.u.to(dtype)
-        return gram_schmidt(u) if self.orthogonal else normalized_columns(u)
+    def _reflected(self, x: Tensor, *, inverse: bool = False) -> Tensor:
+        """x H (or x Hᵀ) along the last dimension.
+
+        Compact WY form (Schreiber and Van Loan 1989) of columns of any length: H = I - U T Uᵀ,
+        T⁻¹ = striu(UᵀU) + ½ diag(UᵀU). H does not depend on their lengths: they are divided by
+        their largest entries, which the backward pass takes for constants.
+        """
+        u = self.u.to(x.dtype)
+        if self.orthogonal:
+            return householder(x, gram_schmidt(u), orthonormal=True)
+        with torch.no_grad():
+            largest = torch.linalg.vector_norm(u, math.inf, dim=0)
+            empty = (largest == 0).to(u.dtype)
+            halved = u.new_ones(u.shape[1], u.shape[1]).fill_diagonal_(0.5)
+        u = u / (largest + empty)
+        core = torch.addcmul(empty.diag(), u.T @ u, halved)  # only its upper triangle is read
+        outer = torch.linalg.solve_triangular(core.T if inverse else core, u.T, upper=not inverse)
+        flat = x.reshape(-1, u.shape[0])
+        return torch.addmm(flat, flat @ u, outer, alpha=-1).view(x.shape)
 
     def _map(self, weight: Tensor) -> Tensor:
-        flat = weight.flatten(1)
-        turned = householder(flat, self._unit(flat.dtype), orthonormal=self.orthogonal)
-        return turned.reshape(weight.shape)
+        return self._reflected(weight.flatten(1)).reshape(weight.shape)
 
     def _channels(self, y: Tensor, axis: int, *, transposed: bool) -> Tensor:
-        y = y.movedim(axis, -1)
         dtype = torch.promote_types(y.dtype, torch.float32)
-        turned = householder(
-            y.to(dtype), self._unit(dtype), orthonormal=self.orthogonal, inverse=transposed
-        )
-        return turned.to(y.dtype).movedim(-1, axis)
+        turned = self._reflected(channels_last(y, axis).to(dtype), inverse=transposed)
+        return channels_back(turned.to(y.dtype), axis)
 
     def _changes_nothing(self) -> bool:
         """Neighbouring equal columns cancel, zeros reflect nothing; other products are not the

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CannotFuse, UsageError
+from .base import is_one, is_zero
 from .fresh import refuse_options
 from .maps import OTHER_INPUTS, MapAxis, WeightMap, join_vectors, vector_like
 from .slots import Part
@@ -69,21 +70,25 @@ class IA3(WeightMap):
 
     def factor(self, dtype: torch.dtype) -> Tensor:
         """l (n,)."""
-        vector = self.vector.to(dtype).reshape(-1)
+        vector = self.vector
+        if vector.dtype != dtype:
+            vector = vector.to(dtype)
+        if vector.ndim != 1:
+            vector = vector.view(-1)
         return 1 + vector if self.centred else vector
 
     @property
     def bias_factor(self) -> Tensor | None:
         return self.factor(torch.float32) if self.on_bias else None
 
-    def _merged_bias(self, bias: Tensor | None, strength: float) -> Tensor | None:
+    def _merged_bias(self, bias: Tensor | None, strength: float | Tensor) -> Tensor | None:
         factor = self.bias_factor
         if bias is None or factor is None:
             return super()._merged_bias(bias, strength)
         base = bias.float()
-        if strength == 0:
+        if is_zero(strength):
             return base.clone()
-        return factor * base if strength == 1 else base + strength * (factor * base - base)
+        return factor * base if is_one(strength) else base + strength * (factor * base - base)
 
     def _map(self, weight: Tensor) -> Tensor:
         axis = 0 if self.acts_on == "out" else 1
@@ -97,7 +102,8 @@ class IA3(WeightMap):
         return "input" if (self.acts_on == "in") != turned else "output"
 
     def _channels(self, y: Tensor, axis: int, *, transposed: bool) -> Tensor:
-        return y * self.factor(y.dtype).reshape(-1, *[1] * (-1 - axis))
+        factor = self.factor(y.dtype)
+        return y * (factor if axis == -1 else factor.reshape(-1, *[1] * (-1 - axis)))
 
     def mapped(
         self, y: Tensor, layer: Layer, bias: Tensor | None, strength: float | Tensor

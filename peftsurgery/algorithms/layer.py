@@ -16,6 +16,19 @@ Kind = Literal["linear", "conv", "embedding", "hf_conv1d", "norm", "parameter"]
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
+def add_product(y: Tensor, h: Tensor, matrix: Tensor) -> Tensor:
+    """y + h matrix in y's dtype, in one call where the dtypes are equal: y (…, o), h (positions,
+    r), matrix (r, o).
+    """
+    shape = y.shape
+    flat = y if len(shape) == 2 else y.reshape(-1, shape[-1])
+    if flat.dtype == h.dtype == matrix.dtype:
+        flat = torch.addmm(flat, h, matrix)
+    else:
+        flat = flat + (h @ matrix.to(h.dtype)).to(flat.dtype)
+    return flat if flat.shape == shape else flat.view(shape)
+
+
 @dataclass(frozen=True)
 class Layer:
     """How a layer uses its weight.

@@ -107,7 +107,9 @@ class LoHa(WeightAdapter):
         """(A (rows, r), B (r, i·k)) of factor 1 or 2."""
         a, b, t = (self.w1_a, self.w1_b, self.t1) if n == 1 else (self.w2_a, self.w2_b, self.t2)
         if t is None:
-            return a[start:stop].to(dtype), b.to(dtype).flatten(1)
+            if (start, stop) != (0, a.shape[0]):
+                a = a[start:stop]
+            return a.to(dtype), b.to(dtype).flatten(1)
         core = t.to(dtype).flatten(2) if t.ndim > 2 else t.to(dtype)[..., None]
         return a[:, start:stop].to(dtype).T, torch.einsum("mnk,ni->mik", core, b.to(dtype)).flatten(
             1
@@ -155,8 +157,8 @@ class LoHa(WeightAdapter):
         a1, b1 = self._half(1, 0, self._shape[0], weight.dtype)
         a2, b2 = self._half(2, 0, self._shape[0], weight.dtype)
         a1 = a1 * (self.scale if is_one(strength) else self.scale * strength)
-        flat = weight if weight.ndim == 2 else weight.flatten(1)
-        return torch.addcmul(flat, a1 @ b1, a2 @ b2).view(weight.shape)
+        change = (a1 @ b1) * (a2 @ b2)
+        return weight + (change if weight.ndim == 2 else change.view(weight.shape))
 
     def change(self, x: Tensor, layer: Layer) -> Tensor:
         """On a Linear through the Khatri-Rao factors (R numbers per position in between) where that

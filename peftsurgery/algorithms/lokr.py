@@ -255,8 +255,9 @@ class LoKr(WeightAdapter):
         a, b, c = self.blocks
         first, second = self.first(weight.dtype), self._second(weight.dtype)
         first = first * (self.scale if is_one(strength) else self.scale * strength)
-        blocks = weight.reshape(a, b, c, -1)
-        return torch.addcmul(blocks, first[:, None, :, None], second[:, None]).view(weight.shape)
+        outer = first.reshape(-1, 1) @ second.reshape(1, -1)  # its gradients are two products
+        change = outer.view(a, c, b, -1).transpose(1, 2)
+        return (weight.reshape(change.shape) + change).view(weight.shape)
 
     def change(self, x: Tensor, layer: Layer) -> Tensor:
         """x as a (c, d) block per position: w2 along d, then w1 along c; w1 ⊗ w2 is never built."""
@@ -268,8 +269,9 @@ class LoKr(WeightAdapter):
             h = x.unflatten(-1, (a, b)) @ self._second(x.dtype).to(x.dtype)
             return torch.einsum("...ad,ac->...cd", h, first.to(h.dtype)).flatten(-2)
         if layer.kind == "linear":
-            h = self._through_second(x.unflatten(-1, (c, -1)))
-            return (first.to(h.dtype) @ h).flatten(-2)
+            h = self._through_second(x.reshape(-1, c, x.shape[-1] // c)).transpose(0, 1)
+            h = first.to(h.dtype) @ h.reshape(c, -1)
+            return h.view(a, -1, b).transpose(0, 1).reshape(*x.shape[:-1], a * b)
         if layer.kind != "conv":
             return super().change(x, layer)
         batch, size = x.shape[0], layer.kernel

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+FEW = 4  # rows looked at first
+
+
 class LoRA(WeightAdapter):
     """ΔW = scale · up @ down; with a Tucker core: scale · Σ_mn up[:, m] mid[m, n, *k] down[n, :].
 
@@ -212,9 +215,10 @@ class LoRA(WeightAdapter):
         )
         return LoRA(up, down, mid, **common)
 
-    def _live_columns(self) -> Tensor:
-        """(r,) bool: columns of up that hold anything but zeros."""
-        return (self.up.detach().reshape(self.up.shape[0], -1).float() != 0).any(0)
+    def _live_columns(self, rows: int | None = None) -> Tensor:
+        """(r,) bool: columns of up, or of its first rows, that hold anything but zeros."""
+        up = self.up.detach()[:rows]
+        return (up.reshape(up.shape[0], -1).float() != 0).any(0)
 
     def compact(self) -> LoRA:
         """Without the rank indices whose column of up is exactly zero; ΔW and scale unchanged, rank
@@ -342,6 +346,9 @@ def split_blocks(parts: Sequence[LoRA]) -> list[LoRA]:
         return parts
     slots = [Part(p, 0, p.shape[0]) for p in parts]
     if len(group_by(slots, ("down", "mid"))[1]) > 1:
+        return parts
+    few = torch.stack([p._live_columns(FEW) for p in parts]).sum(0)
+    if bool((few > 1).any()):  # a few rows decide for nearly every record that was trained whole
         return parts
     used = torch.stack([p._live_columns() for p in parts]).sum(0)
     if not bool((used == 1).all()):

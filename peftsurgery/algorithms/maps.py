@@ -189,6 +189,16 @@ OTHER_INPUTS = (
 )
 
 
+def channels_last(y: Tensor, axis: int) -> Tensor:
+    """The (negative) channel axis moved to the end."""
+    return y if axis == -1 else y.movedim(axis, -1)
+
+
+def channels_back(y: Tensor, axis: int) -> Tensor:
+    """The inverse of `channels_last`."""
+    return y if axis == -1 else y.movedim(-1, axis)
+
+
 def vector_like(tensor: Tensor, start: int, stop: int) -> Tensor:
     """Elements start:stop of a tensor with one dimension larger than one, as many dimensions."""
     axis = next((d for d, n in enumerate(tensor.shape) if n > 1), 0)

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import CannotFuse, CannotSplit, UsageError
-from .base import WeightAdapter
+from .base import WeightAdapter, is_one
 from .fresh import require_rank, trainable
-from .layer import Layer
+from .layer import Layer, add_product
 from .maps import MapAxis, WeightMap
 from .sized import SizedChange, dense_of
 from .slots import Part, bit_equal, ratio, scaled, widest
@@ -82,10 +82,22 @@ class MiSS(SizedChange):
         """The inputs summed r apart, then one (r, m) product."""
         if layer.kind != "linear":
             return super().change(x, layer)
-        padded = F.pad(x, (0, -x.shape[-1] % self.rank))
-        h = padded.unflatten(-1, (-1, self.rank)).sum(-2) @ (self.block * self.scale).to(x.dtype)
+        h = self._sums(x)
+        h = (h @ self.scaled(self.block).to(h.dtype)).view(*x.shape[:-1], -1)
         times = self.shape[0] // self.block.shape[1]
         return h if times == 1 else h.repeat(*[1] * (h.ndim - 1), times)
+
+    def onto(self, y: Tensor, x: Tensor, layer: Layer, strength: float | Tensor = 1.0) -> Tensor:
+        block = self.block
+        if layer.kind != "linear" or not is_one(strength) or block.shape[1] != self._shape[0]:
+            return super().onto(y, x, layer, strength)
+        return add_product(y, self._sums(x), self.scaled(block))
+
+    def _sums(self, x: Tensor) -> Tensor:
+        """(positions, r): inputs r apart added up."""
+        rank, columns = self.block.shape[0], x.shape[-1]
+        padded = x if columns % rank == 0 else F.pad(x, (0, -columns % rank))
+        return padded.reshape(-1, -(-columns // rank), rank).sum(1)
 
     # --- rows -------------------------------------------------------------------------------------
 

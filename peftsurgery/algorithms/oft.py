@@ -19,6 +19,8 @@ from .maps import (
     WeightMap,
     between_blocks,
     block_size_of,
+    channels_back,
+    channels_last,
     join_vectors,
     vector_like,
 )
@@ -181,7 +183,7 @@ class OFT(WeightMap):
         return turned.reshape(weight.shape)
 
     def _channels(self, y: Tensor, axis: int, *, transposed: bool) -> Tensor:
-        y = y.movedim(axis, -1)
+        y = channels_last(y, axis)
         dtype = torch.promote_types(y.dtype, torch.float32)
         blocks = self._spread_over(y.shape[-1], dtype).to(y.dtype)
         if self.rescale is not None and transposed:
@@ -189,7 +191,7 @@ class OFT(WeightMap):
         y = turn(y, blocks.mT if transposed else blocks)
         if self.rescale is not None and not transposed:
             y = y * self.rescale.to(y.dtype).reshape(-1)
-        return y.movedim(-1, axis)
+        return channels_back(y, axis)
 
     def _changes_nothing(self) -> bool:
         if self.rescale is not None and bool((self.rescale != 1).any()):

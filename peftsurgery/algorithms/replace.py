@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CannotFuse, UsageError
-from .base import WeightAdapter
+from .base import WeightAdapter, is_one
 from .fresh import refuse_options, trainable
 from .slots import Part, fit_shape, join
 from .storage import Common
@@ -84,9 +84,9 @@ class Replace(WeightAdapter):
         return base.clone() if self.weight is None else self._dense(tuple(base.shape))
 
     def merged(
-        self, weight: Tensor, bias: Tensor | None = None, strength: float = 1.0
+        self, weight: Tensor, bias: Tensor | None = None, strength: float | Tensor = 1.0
     ) -> tuple[Tensor, Tensor | None]:
-        if self.weight is not None and strength == 1 and not fit_shape(self.shape, weight.shape):
+        if self.weight is not None and is_one(strength) and not fit_shape(self.shape, weight.shape):
             value = self.weight.float().clone() if self.padded_shape is None else None
             if value is not None:
                 return value, None if self.bias is None else self.bias.float().clone()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CannotFuse, UsageError
+from .base import is_one, is_zero
 from .fresh import refuse_options
 from .maps import MapAxis, WeightMap, between_blocks
 from .slots import Part, join
@@ -123,14 +124,14 @@ class RoAd(WeightMap):
     def maps_bias(self) -> bool:
         return True
 
-    def _merged_bias(self, bias: Tensor | None, strength: float) -> Tensor | None:
+    def _merged_bias(self, bias: Tensor | None, strength: float | Tensor) -> Tensor | None:
         if bias is None:
             return None
         base = bias.float()
-        if strength == 0:
+        if is_zero(strength):
             return base.clone()
         turned = self._rotate(base, transposed=False)
-        return turned if strength == 1 else base + strength * (turned - base)
+        return turned if is_one(strength) else base + strength * (turned - base)
 
     def mapped(
         self, y: Tensor, layer: Layer, bias: Tensor | None, strength: float | Tensor

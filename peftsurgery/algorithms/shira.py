@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from ..errors import UsageError
-from .base import WeightAdapter
+from .base import WeightAdapter, is_one
 from .fresh import refuse_options, trainable
 from .layer import Layer
 from .sized import SizedChange, dense_of
@@ -69,6 +69,18 @@ class SHiRA(SizedChange):
         rows, columns = (int(n) + 1 for n in self.indices.amax(1).tolist())
         return rows, columns
 
+    def _places(self) -> Tensor:
+        """(n,) places in the flattened weight, kept from call to call."""
+        columns, kept = self.matrix_shape[1], self.__dict__.get("_kept")
+        if kept is not None and kept[0] is self.indices and kept[1] == columns:
+            return kept[2]
+        row, column = self.indices.long()
+        found = row * columns + column
+        compiling = torch.compiler.is_compiling()
+        if type(found) is Tensor and not compiling and not found.is_inference():
+            self.__dict__["_kept"] = (self.indices, columns, found)
+        return found
+
     def _tile(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         row, column = self.indices.long()
         columns = self.matrix_shape[1]
@@ -79,9 +91,20 @@ class SHiRA(SizedChange):
         flat = torch.zeros((stop - start) * columns, dtype=dtype, device=values.device)
         return flat.index_add(0, row * columns + column, values).reshape(-1, columns)
 
+    def folds(self, weight: Tensor, positions: int) -> bool:
+        """Where a dense ΔW is less work: n numbers per position against o · i for the weight."""
+        return positions * self.values.numel() > weight.numel()
+
+    def added(self, weight: Tensor, strength: float | Tensor = 1.0) -> Tensor:
+        """One copy of the weight with the values added at their places; the gradient is read there
+        and nowhere else."""
+        self._require_fit(tuple(weight.shape))
+        values = self.scaled(self.values.to(weight.dtype))
+        values = values if is_one(strength) else values * strength
+        return weight.put(self._places(), values, accumulate=True)
+
     def change(self, x: Tensor, layer: Layer) -> Tensor:
-        """Gathered, multiplied and added for every place while that is less work than a dense ΔW
-        (n numbers per position against o · i for the weight)."""
+        """Gathered, multiplied and added for every place, or with a dense ΔW: see `folds`."""
         positions = x.numel() // x.shape[-1]
         rows, columns = self.matrix_shape
         if layer.kind != "linear" or positions * self.values.numel() > rows * columns:
@@ -89,7 +112,7 @@ class SHiRA(SizedChange):
                 return F.linear(x, self._dense(self.matrix_shape).to(x.dtype))
             return super().change(x, layer)
         row, column = self.indices.long()
-        gain = (self.values * self.scale).to(x.dtype)
+        gain = self.scaled(self.values).to(x.dtype)
         found = torch.zeros(*x.shape[:-1], rows, dtype=x.dtype, device=x.device)
         return found.index_add(-1, row, x.index_select(-1, column) * gain)
 

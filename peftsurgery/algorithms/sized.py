@@ -136,7 +136,7 @@ class SizedChange(WeightAdapter):
         return self._placed(weight, "delta").delta(weight)
 
     def merged(
-        self, weight: Tensor, bias: Tensor | None = None, strength: float = 1.0
+        self, weight: Tensor, bias: Tensor | None = None, strength: float | Tensor = 1.0
     ) -> tuple[Tensor, Tensor | None]:
         if self.complete:
             return super().merged(weight, bias, strength)

@@ -150,8 +150,11 @@ def stack_rows(blocks: Sequence[Tensor | int], columns: Sequence[int]) -> Tensor
     """Blocks (rows, width, …) on top of each other with first column `columns[n]`, zeros elsewhere;
     an int is zero rows.
 
-    The result is as wide as the furthest block; trailing dimensions are those of the first.
+    The result is as wide as the furthest block; trailing dimensions are those of the first. Blocks
+    that are rows of one tensor in order are that tensor again, not a copy.
     """
+    if (whole := _undivided(blocks, columns)) is not None:
+        return whole
     real = [b for b in blocks if isinstance(b, Tensor)]
     width = max(
         c + b.shape[1] for b, c in zip(blocks, columns, strict=False) if isinstance(b, Tensor)
@@ -166,6 +169,25 @@ def stack_rows(blocks: Sequence[Tensor | int], columns: Sequence[int]) -> Tensor
             place.copy_(block.detach().reshape(place.shape))
         top += count
     return out
+
+
+def _undivided(blocks: Sequence[Tensor | int], columns: Sequence[int]) -> Tensor | None:
+    """The tensor that was cut into these blocks, where they lie behind each other in its memory."""
+    first = blocks[0]
+    if isinstance(first, int) or first.is_meta or any(columns):
+        return None
+    place = first.data_ptr()
+    for block in blocks:
+        if isinstance(block, int) or not block.is_contiguous() or block.data_ptr() != place:
+            return None
+        if block.dtype != first.dtype or block.shape[1:] != first.shape[1:]:
+            return None
+        if block.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return None
+        place += block.nbytes
+    rows = sum(block.shape[0] for block in blocks if isinstance(block, Tensor))
+    whole = first.detach()
+    return whole.as_strided((rows, *first.shape[1:]), whole.stride())
 
 
 def block_diagonal(blocks: Sequence[Tensor]) -> Tensor:

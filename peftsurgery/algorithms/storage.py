@@ -56,6 +56,7 @@ class AdapterTensors(nn.Module):
     padded_shape: tuple[int, ...] | None
     stored: str
     _shape: tuple[int, ...]
+    _one: tuple[Tensor, int] | None
 
     def __init__(self, tensors: Mapping[str, Tensor | None], **common: Unpack[Common]) -> None:
         # A file holds a thousand of these: the dictionaries of nn.Module are filled directly, which
@@ -71,6 +72,7 @@ class AdapterTensors(nn.Module):
         scale = common.get("scale", 1.0)
         number = float(scale.detach()) if isinstance(scale, Tensor) else scale
         self._buffers["scale"] = torch.tensor(number, dtype=torch.float32)
+        self.__dict__["_one"] = self._mark_of_one(number)
         padded = common.get("padded_shape")
         self.__dict__.update(
             magnitude_axis=common.get("magnitude_axis"),
@@ -96,11 +98,38 @@ class AdapterTensors(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """`.to()`, `.half()`, … of a model reach the tensors; `scale` stays fp32."""
-        scale = self.scale
+        scale, is_one = self.scale, self._is_one
         super()._apply(fn, recurse)
         if self.scale.dtype != scale.dtype:
             self._buffers["scale"] = scale.to(self.scale.device)
+        self.__dict__["_one"] = self._mark_of_one(1.0 if is_one else 0.0)
         return self
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_one": self._is_one}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        super().__setstate__(state)
+        self.__dict__["_one"] = self._mark_of_one(1.0 if state["_one"] else 0.0)
+
+    def _mark_of_one(self, number: float) -> tuple[Tensor, int] | None:
+        """The scale and its version, where it is 1: while both stay, it is known to be."""
+        scale = self._buffers["scale"]
+        if number != 1 or scale is None or scale.is_inference():
+            return None
+        return scale, scale._version
+
+    @property
+    def _is_one(self) -> bool:
+        """Whether the scale is known to be 1 without reading it."""
+        one = self._one
+        return one is not None and self._buffers["scale"] is one[0] and one[0]._version == one[1]
+
+    def scaled(self, tensor: Tensor) -> Tensor:
+        """scale · tensor; the tensor itself while the scale is known to be 1."""
+        if torch.compiler.is_compiling() or not self._is_one:
+            return tensor * self.scale
+        return tensor
 
     def _at(self, field: str) -> str:
         return f"{type(self).__name__}.{field}"

@@ -89,14 +89,14 @@ class Tokens(WeightMap):
         return weight.index_copy(0, place, self.values.to(weight.dtype))
 
     def merged(
-        self, weight: Tensor, bias: Tensor | None = None, strength: float = 1.0
+        self, weight: Tensor, bias: Tensor | None = None, strength: float | Tensor = 1.0
     ) -> tuple[Tensor, Tensor | None]:
         grown = self.on(tuple(weight.shape))
         if grown.shape[0] > weight.shape[0]:
-            if strength != 1:
+            if float(strength) != 1:
                 raise UsageError(
                     f"Tokens: adds rows to a weight {list(weight.shape)}, which has no meaning at "
-                    f"strength {strength:g}; use 1."
+                    f"strength {float(strength):g}; use 1."
                 )
             weight = pad_to(weight, grown.shape)
         return super().merged(weight, bias, strength)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from ..errors import CannotFuse, CannotSplit, UsageError
+from .base import is_one
 from .fresh import require_rank, trainable
 from .layer import Layer
 from .sized import SizedChange
@@ -142,14 +143,32 @@ class VeRA(SizedChange):
         up, down = self._sides(dtype)
         return (down.T, up.T) if self._turned else (up, down)
 
+    def _raised(self, x: Tensor) -> Tensor:
+        """up (scale · λ_d ⊙ down x): r numbers per position in between."""
+        down, up = self.down, self.up
+        assert down is not None
+        assert up is not None
+        gain = self.scaled(self.lambda_d)
+        down = _corner(down, gain.shape[0], x.shape[-1], x)
+        up = _corner(up, self.lambda_b.shape[0], gain.shape[0], x)
+        return F.linear(F.linear(x, down) * gain.to(x.dtype), up)
+
+    def _passes(self, layer: Layer) -> bool:
+        return layer.kind in ("linear", "hf_conv1d") and self.down is not None
+
     def change(self, x: Tensor, layer: Layer) -> Tensor:
-        """λ_b ⊙ up (scale · λ_d ⊙ down x): r numbers per position in between."""
-        if layer.kind not in ("linear", "hf_conv1d") or self.down is None or self.up is None:
+        """λ_b ⊙ up (scale · λ_d ⊙ down x)."""
+        if not self._passes(layer):
             return super().change(x, layer)
-        r, o = self.rank, self.lambda_b.numel()
-        down, up = self.down[:r, : x.shape[-1]].to(x), self.up[:o, :r].to(x)
-        h = F.linear(x, down) * (self.scale * self.lambda_d).to(x.dtype)
-        return F.linear(h, up) * self.lambda_b.to(x.dtype)
+        return self._raised(x) * self.lambda_b.to(x.dtype)
+
+    def onto(self, y: Tensor, x: Tensor, layer: Layer, strength: float | Tensor = 1.0) -> Tensor:
+        if not (self._passes(layer) and is_one(strength) and x.dtype == y.dtype):
+            return super().onto(y, x, layer, strength)
+        raised = self._raised(x)
+        if raised.dtype != y.dtype:  # autocast
+            return super().onto(y, x, layer, strength)
+        return torch.addcmul(y, raised, self.lambda_b.to(y.dtype))
 
     # --- rows -------------------------------------------------------------------------------------
 
@@ -240,6 +259,17 @@ NOT_DRAWN = (
     "VeRA: its projections were not saved (save_projection=False), and how they are drawn depends "
     "on the inputs of the largest layer; give the base."
 )
+
+
+def _corner(matrix: Tensor, rows: int, columns: int, like: Tensor) -> Tensor:
+    """matrix[:rows, :columns] in the dtype and on the device of `like`."""
+    if matrix.shape[0] != rows:
+        matrix = matrix[:rows]
+    if matrix.shape[1] != columns:
+        matrix = matrix[:, :columns]
+    return (
+        matrix if matrix.dtype == like.dtype and matrix.device == like.device else matrix.to(like)
+    )
 
 
 @lru_cache(maxsize=8)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .stack import Entry, base_weight, parameter_of
+from .stack import Entry, base_weight, parameter_of, strength_of
 
 
 def composed(
@@ -33,7 +33,7 @@ def composed_bias(module: nn.Module, entries: Sequence[Entry]) -> Tensor | None:
     """b_n alone; the base's own when no entry is there."""
     bias = parameter_of(module, "bias")
     for entry in entries:
-        bias = entry.adapter.merged_bias(bias, entry.strength)
+        bias = entry.adapter.merged_bias(bias, strength_of(entry))
     return bias
 
 

@@ -33,7 +33,7 @@ class Host:
         if not stack.plan:
             return self.hosted_class.forward(self, *args, **kwargs)  # type: ignore[arg-type]
         entry = stack.single
-        if entry is not None and entry.side != "weight" and len(args) == 1 and not kwargs:
+        if entry is not None and len(args) == 1 and not kwargs:
             return run_single(self, stack, entry, args[0])  # type: ignore[arg-type]
         return run(self, stack, args, kwargs)  # type: ignore[arg-type]
 

@@ -27,7 +27,7 @@ from peftsurgery.errors import UnsupportedError, UsageError
 
 from .composing import composed, composed_bias, composed_parameters, substituted
 from .describing import runs_plainly
-from .stack import Entry, Stack
+from .stack import Entry, Stack, strength_of
 
 Arguments = tuple[object, ...]
 Keywords = dict[str, object]
@@ -219,11 +219,6 @@ def cast(x: Tensor, adapter: WeightAdapter) -> Tensor:
         same = x.dtype == tensor.dtype or not x.is_floating_point()
         return x if same or torch.is_autocast_enabled(x.device.type) else x.to(tensor.dtype)
     return x
-
-
-def strength_of(entry: Entry) -> float | Tensor:
-    """t as a number, or as a tensor in a compiled graph, which must not depend on it."""
-    return entry.gain if torch.compiler.is_compiling() else entry.strength
 
 
 def _along(values: Tensor, like: Tensor, axis: int) -> Tensor:

@@ -14,8 +14,8 @@ from peftsurgery.algorithms import WeightAdapter
 from peftsurgery.algorithms.base import is_one
 from peftsurgery.algorithms.layer import Layer
 
-from .running import cast, run, strength_of
-from .stack import Entry, Stack
+from .running import cast, run
+from .stack import Entry, Stack, strength_of
 
 _PRECISE = (torch.float32, torch.float64)
 _MANY = 1 << 30  # positions, where their number must not become a guard of a compiled graph
@@ -30,6 +30,13 @@ def run_single(module: nn.Module, stack: Stack, entry: Entry, x: object) -> obje
     if not isinstance(x, Tensor) or (side == "dora" and not whole):
         return run(module, stack, (x,), {})
     strength = strength_of(entry)
+    if side == "weight":
+        if weight is None or not whole or not weight.is_floating_point():
+            return run(module, stack, (x,), {})
+        composed, bias = adapter.merged(weight, bias, strength)
+        if composed.dtype != weight.dtype:
+            composed = composed.to(weight.dtype)
+        return layer.apply(x, composed, None if bias is None else bias.to(weight.dtype))
     if side == "dora":
         assert weight is not None
         if layer.kind != "linear" or adapter.magnitude_axis != "out" or not is_one(strength):
@@ -47,11 +54,7 @@ def run_single(module: nn.Module, stack: Stack, entry: Entry, x: object) -> obje
             return base(x)
         if whole and weight is not None and _folds(adapter, stack, x, weight):
             return layer.apply(x, adapter.added(weight, strength), bias)
-        y = base(x)
-        change = adapter.change(cast(x, adapter), layer)
-        if not is_one(strength):
-            change = change * strength
-        return y + (change if change.dtype == y.dtype else change.to(y.dtype))
+        return adapter.onto(base(x), cast(x, adapter), layer, strength)
     if side == "output":
         y = base(x)
         return adapter.mapped(cast(y, adapter), layer, bias, strength).to(y.dtype)

@@ -110,10 +110,15 @@ class Entry:
         self, weight: Tensor, bias: Tensor | None, strength: float | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """(W', b') in fp32."""
-        strength = self.strength if strength is None else strength
+        t = strength_of(self) if strength is None else strength
         if self.origin is not None:
-            weight, _ = self.origin.merged(weight, None, -strength)
-        return self.adapter.merged(weight, bias, strength)
+            weight, _ = self.origin.merged(weight, None, -t)
+        return self.adapter.merged(weight, bias, t)
+
+
+def strength_of(entry: Entry) -> float | Tensor:
+    """t as a number, or as a tensor in a compiled graph, which must not depend on it."""
+    return entry.gain if torch.compiler.is_compiling() else entry.strength
 
 
 class Stack(nn.Module):

@@ -178,7 +178,7 @@ ROWS: dict[str, Row] = {
         ("AdaLoraConfig", {"init_r": RANK, "target_r": RANK, "total_step": 1000}),
     ),
     "vera": Row("vera", {"rank": RANK}, ("VeraConfig", {"r": RANK})),
-    "fourierft": Row("fourierft", {"rank": 64}, ("FourierFTConfig", {"n_frequency": 64})),
+    "fourierft": Row("fourierft", {"frequencies": 64}, ("FourierFTConfig", {"n_frequency": 64})),
     "miss": Row("miss", {"rank": RANK}, ("MissConfig", {"r": RANK})),
     "shira": Row("shira", {"rank": RANK}, ("ShiraConfig", {"r": RANK})),
     "c3a": Row("c3a", {"block_size": 16}, ("C3AConfig", {"block_size": 16})),

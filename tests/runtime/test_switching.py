@@ -60,7 +60,8 @@ def test_hot_swap_copies_in_place(rng: Generator) -> None:
     assert torch.equal(first(x), before)
 
 
-def test_compiled_models_do_not_recompile(rng: Generator) -> None:
+@pytest.mark.parametrize("algorithm", ["lora", "glora", "hira", "vera", "hra"])
+def test_compiled_models_do_not_recompile(algorithm: str, rng: Generator) -> None:
     graphs: list[fx.GraphModule] = []
 
     def count(graph: fx.GraphModule, inputs: list[torch.Tensor]) -> object:
@@ -69,7 +70,7 @@ def test_compiled_models_do_not_recompile(rng: Generator) -> None:
 
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 4))
     for name in ("one", "two"):
-        scramble(runtime.attach(model, "lora", targets=["0", "2"], rank=2, name=name), rng)
+        scramble(runtime.attach(model, algorithm, targets=["0", "2"], rank=2, name=name), rng)
     runtime.activate(model, "one")
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=count, fullgraph=True)
