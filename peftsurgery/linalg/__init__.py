@@ -2,7 +2,7 @@
 
 from .budget import Budget, allocate
 from .factorizations import factorization
-from .norms import low_rank_difference_norm, low_rank_norm, truncation_gap
+from .norms import low_rank_difference_norm, low_rank_norm, low_rank_sum_norm, truncation_gap
 from .rank_rules import Chooser, RankRule, Seen, kohya_rank, noise_floor
 from .rotations import (
     butterfly,
@@ -38,6 +38,7 @@ __all__ = [
     "kron_svd",
     "low_rank_difference_norm",
     "low_rank_norm",
+    "low_rank_sum_norm",
     "noise_floor",
     "normalized_columns",
     "skew_from_vector",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +23,25 @@ def low_rank_norm(up: Tensor, down: Tensor, *, rough: bool = False) -> float:
             return math.sqrt(square)
     u, v = up.double(), down.double()
     return math.sqrt(max(float(((u.T @ u) * (v @ v.T)).sum()), 0.0))
+
+
+def low_rank_sum_norm(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """||Σ_i U_i V_i||_F = sqrt(Σ_ij <U_iᵀU_j, V_i V_jᵀ>) of fp32 factors, each pair of blocks once;
+    to five digits, in fp64 where the terms cancel. 0 for no pairs.
+    """
+    square = terms = 0.0
+    for i, (u, v) in enumerate(pairs):
+        for x, y in pairs[: i + 1]:
+            left, right = u.T @ x, v @ y.T
+            inner = float((left * right).sum(dtype=torch.float64))
+            square += inner if x is u else 2 * inner
+            if x is u:
+                terms += float((left.diagonal() * right.diagonal()).sum(dtype=torch.float64))
+    if not square <= 0.1 * terms:
+        return math.sqrt(square)
+    if terms == 0:
+        return 0.0
+    return low_rank_norm(torch.cat([u for u, _ in pairs], 1), torch.cat([v for _, v in pairs], 0))
 
 
 def low_rank_difference_norm(up1: Tensor, down1: Tensor, up2: Tensor, down2: Tensor) -> float:

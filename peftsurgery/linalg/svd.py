@@ -21,6 +21,7 @@ _ONCE = 1e8  # condition of the Gram matrix up to which one Cholesky step is ort
 _TWICE = 1e13  # and two of them to fp64
 _SINGLE = 1e3  # and up to which fp32 is enough to multiply by the inverse
 _SQUARED = 1e-4  # σ_k / σ_1 from which the squared core gives vectors that are orthonormal to 1e-8
+_PANEL = 64  # columns of a Gram matrix computed at a time
 _ROWS = 1024  # rows of a Gram matrix taken to fp64 at a time
 _DENSE_FP64 = 1 << 20  # elements up to which a dense SVD runs in fp64
 
@@ -68,24 +69,41 @@ def _cholesky(gram: Tensor) -> tuple[Tensor, Tensor, float] | None:
     return (upper, inverse, condition) if math.isfinite(condition) else None
 
 
+def _gram(matrix: Tensor) -> Tensor:
+    """MᵀM in fp64: some rows at a time are taken to fp64, and of the symmetric products those left
+    of the diagonal are copies.
+    """
+    rows, r = matrix.shape
+    gram = torch.zeros(r, r, dtype=torch.float64, device=matrix.device)
+    panels = [(start, min(start + _PANEL, r)) for start in range(0, r, _PANEL)]
+    for first in range(0, rows, _ROWS):
+        some = _doubled(matrix[first : first + _ROWS])
+        for start, stop in panels:
+            gram[:stop, start:stop].addmm_(some[:, :stop].T, some[:, start:stop])
+    for start, stop in panels:
+        gram[start:stop, :start] = gram[:start, start:stop].T
+    return gram
+
+
 def _basis(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
-    """(X, C, R, condition) with matrix = Q R and Q = X C orthonormal; matrix (m, r) fp64, R
-    (min(m, r), r); the condition of the Gram matrix, Inf where it was not used.
+    """(X, C, R, condition) with matrix = Q R and Q = X C orthonormal; matrix (m, r), R (min(m, r),
+    r); the condition of the Gram matrix, Inf where it was not used. X is `matrix` itself where that
+    condition is small, fp64 otherwise, C and R are fp64.
 
     By Cholesky of the Gram matrix where that is conditioned well enough, by two such steps up to a
     condition of 1e6 of the matrix (Yamamoto et al. 2015, CholeskyQR2), by Householder QR otherwise:
     rank-deficient factors, dead or duplicated columns.
     """
     m, r = matrix.shape
-    if r <= m and (first := _cholesky(matrix.T @ matrix)) is not None:
+    if r <= m and (first := _cholesky(_gram(matrix))) is not None:
         upper, inverse, condition = first
         if condition <= _ONCE:
             return matrix, inverse, upper, condition
         if condition <= _TWICE:
-            q = matrix @ inverse
-            if (second := _cholesky(q.T @ q)) is not None:
+            q = _doubled(matrix) @ inverse
+            if (second := _cholesky(_gram(q))) is not None:
                 return q, second[1], second[0] @ upper, condition
-    q, upper = torch.linalg.qr(matrix)
+    q, upper = torch.linalg.qr(_doubled(matrix))
     return q, torch.eye(q.shape[1], dtype=q.dtype, device=q.device), upper, math.inf
 
 
@@ -120,8 +138,8 @@ def core_svd(up: Tensor, down: Tensor, rule: Chooser | None = None) -> Triplet:
             f"core_svd: up {tuple(up.shape)} and down {tuple(down.shape)} do not multiply."
         )
     shape = (up.shape[0], down.shape[1])
-    x_up, c_up, r_up, worst_up = _basis(_doubled(up))
-    x_down, c_down, r_down, worst_down = _basis(_doubled(down).T)
+    x_up, c_up, r_up, worst_up = _basis(up)
+    x_down, c_down, r_down, worst_down = _basis(down.T)
     core = r_up @ r_down.T
     if not math.isfinite(float(core.sum())):
         _require_finite(up=up, down=down)
@@ -133,8 +151,12 @@ def core_svd(up: Tensor, down: Tensor, rule: Chooser | None = None) -> Triplet:
     u, s, vh = found
     inner_up, inner_down = c_up @ u, vh @ c_down.T
     single_up, single_down = worst_up <= _SINGLE, worst_down <= _SINGLE  # then X is the factor
-    left = up.float() @ inner_up.float() if single_up else (x_up @ inner_up).float()
-    right = inner_down.float() @ down.float() if single_down else (inner_down @ x_down.T).float()
+    left = up.float() @ inner_up.float() if single_up else (_doubled(x_up) @ inner_up).float()
+    right = (
+        inner_down.float() @ down.float()
+        if single_down
+        else (inner_down @ _doubled(x_down).T).float()
+    )
     return left, s.float(), right
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError, nearest
+from .selection import largest
 
 Number: TypeAlias = float | int | str | bool
 Pair: TypeAlias = tuple[Tensor, Tensor]  # U (o, R), V (R, n): the matrix U V
 TileFunction: TypeAlias = Callable[[int, int], Tensor]  # rows start:stop of the result
 
-TILE = 1 << 18  # elements of a row tile: a few of them fit the cache together
+TILE = 1 << 16  # elements of a row tile: a few of them fit the cache together
+EVERY = 16  # row tiles, of which one is looked at to guess a threshold
 
 
 @dataclass(frozen=True)
@@ -111,9 +113,20 @@ class Stack:
         step = max(1, self.tile // columns)
         return ((a, min(a + step, rows)) for a in range(0, rows, step))
 
-    def magnitudes(self, source: int) -> Iterator[Tensor]:
-        """|ΔW| of one source, tile by tile."""
-        return (self.read(source, start, stop).abs() for start, stop in self.spans())
+    def sampled(self) -> list[tuple[int, int]] | None:
+        """Some of the row tiles, evenly spaced; None when there are few."""
+        spans = list(self.spans())
+        return spans[EVERY // 2 :: EVERY] if len(spans) >= 4 * EVERY else None
+
+    def largest(self, source: int, ranks: Sequence[int]) -> list[float]:
+        """The magnitudes of these ranks of one ΔW, exactly; see `selection.largest`."""
+
+        def read(spans: Iterable[tuple[int, int]]) -> Iterator[Tensor]:
+            return (self.read(source, start, stop).abs_() for start, stop in spans)
+
+        some = self.sampled()
+        sample = None if some is None else lambda: read(some)
+        return largest(lambda: read(self.spans()), ranks, sample=sample, count=self.numel)
 
     def dense(self, tile: TileFunction) -> Tensor:
         """The whole result (o, n), from the tiles of `tile`."""

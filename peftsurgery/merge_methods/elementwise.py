@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .base import NORMALIZE, SCALE, Chosen, Elementwise, Option, Stack, TileFunction
+from .selection import chosen
 from .sparsify import Prepare, drop, drop_by_rank, outliers, trim
 
 DENSITY = Option("density", "share of the elements that stay", None, 0, 1, above=True)
@@ -67,30 +68,37 @@ def majority(parts: Sequence[Tensor], weights: Sequence[float], options: Chosen)
     count.
     """
     above, below = (sum_of(parts, sign) for sign in (1, -1))
-    if options.word("majority_sign") == "frequency":
-        signs = [part.sign() for part in parts]
-        positive = torch.stack(signs).sum(0) >= 0
-    else:
-        positive = above + below >= 0
-    result = torch.where(positive, above, below)
-    if options.flag("normalize"):
-        total_share, difference = torch.zeros_like(result), torch.zeros_like(result)
+    room = torch.empty_like(above)
+    normalize = options.flag("normalize")
+    balance = torch.zeros_like(above)  # Σ |w_i| sign y_i
+    agreed = torch.zeros_like(above)  # Σ |w_i| |sign y_i|
+    if normalize:
         for part, weight in zip(parts, weights, strict=True):
-            sign = part.sign()
-            difference.add_(sign, alpha=abs(weight))
-            total_share.add_(sign.abs_(), alpha=abs(weight))
-        # twice Σ |w_i| over the positive y_i, or over the negative ones
-        doubled = torch.where(positive, total_share + difference, total_share - difference)
-        result.div_(doubled.masked_fill_(doubled == 0, 2.0).mul_(0.5))
+            balance.add_(torch.sign(part, out=room), alpha=abs(weight))
+            agreed.add_(room.abs_(), alpha=abs(weight))
+    if options.word("majority_sign") == "frequency":
+        votes = torch.sign(parts[0])
+        for part in parts[1:]:
+            votes += torch.sign(part, out=room)
+    else:
+        votes = above + below
+    positive = chosen(torch.ge, votes, 0.0, room)
+    result = above.mul_(positive)
+    if normalize:  # twice Σ |w_i| over the positive y_i, or over the negative ones
+        agreed.add_(balance.mul_(positive.mul_(2).sub_(1)))
+    result.add_(below.mul_(chosen(torch.lt, votes, 0.0, room)))
+    if normalize:
+        result.div_(agreed.mul_(0.5).add_(chosen(torch.eq, agreed, 0.0, room)))
     return result
 
 
 def sum_of(parts: Sequence[Tensor], sign: int) -> Tensor:
     """Σ max(y_i, 0), or Σ min(y_i, 0) for sign -1."""
-    kept = (part.clamp_min(0) if sign > 0 else part.clamp_max(0) for part in parts)
-    result = next(kept)
-    for part in kept:
-        result += part
+    clamp = torch.clamp_min if sign > 0 else torch.clamp_max
+    result = clamp(parts[0], 0)
+    room = torch.empty_like(result)
+    for part in parts[1:]:
+        result += clamp(part, 0, out=room)
     return result
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from ..linalg.krylov import square
 from .base import SCALE, Chosen, Elementwise, Option, Stack, TileFunction
-from .selection import largest
+from .selection import chosen, largest
 
 FLOOR = 1e-6  # least divisor, as mergekit's (sce.py)
 Parts: TypeAlias = Callable[[int, int], list[Tensor]]  # rows start:stop of every source
@@ -38,43 +39,59 @@ def sce(stack: Stack, options: Chosen) -> TileFunction:
         found = parts(start, stop)
         if lowest is None:
             return found
-        kept = _variance(found) >= lowest
+        kept = chosen(torch.ge, _variance(found), lowest)
         return [part.mul_(kept) for part in found]
 
     energies = torch.zeros(stack.count, dtype=torch.float64)
     for start, stop in stack.spans():
         for i, part in enumerate(selected(start, stop)):
-            energies[i] += part.double().square().sum()
+            energies[i] += square(part)
     size = float(energies.sum())
     shares = (energies / size if size > 0 else torch.full_like(energies, 1 / stack.count)).tolist()
 
     def tile(start: int, stop: int) -> Tensor:
         found = selected(start, stop)
-        votes = torch.stack(found).sum(0)
-        positive = votes >= 0
+        votes = found[0].clone()
+        for part in found[1:]:
+            votes += part
+        side = chosen(torch.ge, votes, 0.0).mul_(2).sub_(1)  # elected sign
         result, divisor = torch.zeros_like(votes), torch.zeros_like(votes)
         for part, share in zip(found, shares, strict=True):
-            agrees = (part != 0) & ((part > 0) == positive)
-            result += share * (part * agrees)
+            agrees = torch.sign(part).mul_(side).clamp_min_(0)
             divisor.add_(agrees, alpha=share)
+            result.add_(agrees.mul_(part), alpha=share)
         return result.div_(divisor.clamp_min(FLOOR)).mul_(scale)
 
     return tile
 
 
 def _variance(parts: list[Tensor]) -> Tensor:
-    return torch.stack(parts).var(0, unbiased=False)
+    mean = parts[0].clone()
+    for part in parts[1:]:
+        mean += part
+    mean /= len(parts)
+    total = torch.zeros_like(mean)
+    for part in parts:
+        gap = part - mean
+        total.addcmul_(gap, gap)
+    return total.div_(len(parts))
 
 
 def _lowest_variance(stack: Stack, parts: Parts, density: float) -> float | None:
     """The least variance that is selected; None when everything is."""
     if density == 1 or stack.count < 2:
         return None
-    changing = sum(int((_variance(parts(a, b)) != 0).sum()) for a, b in stack.spans())
+
+    def read(spans: Iterable[tuple[int, int]]) -> Iterator[Tensor]:
+        return (_variance(parts(start, stop)) for start, stop in spans)
+
+    changing = sum(int(tile.sign_().sum(dtype=torch.float64)) for tile in read(stack.spans()))
     keep = int(density * changing)
     if keep == 0:
         return float("inf")
-    return largest(lambda: (_variance(parts(a, b)) for a, b in stack.spans()), [keep])[0]
+    some = stack.sampled()
+    sample = None if some is None else lambda: read(some)
+    return largest(lambda: read(stack.spans()), [keep], sample=sample, count=stack.numel)[0]
 
 
 SCE = Elementwise(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from .base import Chosen, Stack
-from .selection import largest
+from .selection import chosen
 
 Sparsifier: TypeAlias = Callable[[Tensor, int], Tensor]  # (tile, first row) -> tile
 Prepare: TypeAlias = Callable[[Stack, int, Chosen], Sparsifier]
@@ -39,7 +39,7 @@ def trim(stack: Stack, source: int, options: Chosen) -> Sparsifier:
     if density == 1:
         return keep_all(stack, source, options)
     keep = max(1, int(density * stack.numel))
-    (threshold,) = largest(lambda: stack.magnitudes(source), [keep])
+    (threshold,) = stack.largest(source, [keep])
     return lambda tile, row: _band(tile, threshold, float("inf"))
 
 
@@ -52,7 +52,7 @@ def outliers(stack: Stack, source: int, options: Chosen) -> Sparsifier:
     density, gamma = options.number("density"), options.number("gamma")
     keep = max(1, int(density * stack.numel))
     top = min(int(gamma * stack.numel), stack.numel - keep)
-    high, low = largest(lambda: stack.magnitudes(source), [top + 1, top + keep])
+    high, low = stack.largest(source, [top + 1, top + keep])
     return lambda tile, row: _band(tile, low, high)
 
 
@@ -66,8 +66,8 @@ def drop(stack: Stack, source: int, options: Chosen) -> Sparsifier:
         return keep_all(stack, source, options)
 
     def apply(tile: Tensor, row: int) -> Tensor:
-        kept = uniform(key, row * columns, tile.numel()).reshape(tile.shape) < density
-        return tile.mul_(kept).mul_(factor)
+        numbers = uniform(key, row * columns, tile.numel()).reshape(tile.shape)
+        return tile.mul_(chosen(torch.lt, numbers, density, numbers)).mul_(factor)
 
     return apply
 
@@ -97,8 +97,8 @@ def drop_by_rank(stack: Stack, source: int, options: Chosen) -> Sparsifier:
     def apply(tile: Tensor, row: int) -> Tensor:
         order = torch.argsort(tile.abs(), dim=1, stable=True)
         chance = torch.empty_like(tile).scatter_(1, order, (density + steps).expand_as(tile))
-        kept = uniform(key, row * columns, tile.numel()).reshape(tile.shape) < chance
-        tile.mul_(kept)
+        numbers = uniform(key, row * columns, tile.numel()).reshape(tile.shape)
+        tile.mul_(torch.lt(numbers, chance, out=numbers))
         return tile.div_(chance) if options.flag("rescale") else tile
 
     return apply
@@ -107,7 +107,7 @@ def drop_by_rank(stack: Stack, source: int, options: Chosen) -> Sparsifier:
 def _band(tile: Tensor, low: float, high: float) -> Tensor:
     """The tile with low <= |x| <= high; what is outside becomes zero."""
     if high != float("inf"):
-        tile = tile.masked_fill(tile.abs() > high, 0.0)
+        tile = tile.mul_(chosen(torch.le, tile.abs(), high))
     if low == 0:
         return tile
     below = float(torch.nextafter(torch.tensor(low), torch.tensor(0.0)))

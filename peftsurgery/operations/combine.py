@@ -184,7 +184,8 @@ def combine(
         _dry(report, inputs, to)
         return report
     hashes = [Hashing(file, enabled=True) for file in files]
-    if rule is not None or not isinstance(method_used, Coefficients):
+    sums = method_used is METHODS["linear"]  # the same on a part as on the whole
+    if rule is not None or sums or not isinstance(method_used, Coefficients):
         inputs.join(to)
     combined = _run(inputs, plan, report, progress)
     overall = _overall(combined)

@@ -79,6 +79,8 @@ def combine_module(
         return Combined(_rounded(path, kept, plan), 1, norm(kept))
     deltas = Deltas(path, live, total_weight, plan.seed)
     dtype = plan.dtype or widest([t for e in live for t in e.module.tensors().values()])
+    if (joined := _side_by_side(path, deltas, shape, common, dtype, plan)) is not None:
+        return joined
     exact, loss, size = _fitted(path, deltas, shape, common, plan)
     if plan.algorithm == "lokr" and len(shape) > 1:
         exact, loss = _kronecker(path, exact, loss, plan)
@@ -138,6 +140,45 @@ def _nothing(zero: WeightAdapter, bias: Tensor | None) -> WeightAdapter:
 # the method ---------------------------------------------------------------------------------------
 
 
+def _side_by_side(
+    path: str,
+    deltas: Deltas,
+    shape: tuple[int, ...],
+    common: Common,
+    dtype: torch.dtype,
+    plan: Plan,
+) -> Combined | None:
+    """A weighted sum of LoRAs that stays exact: their factors side by side, moved into the output's
+    number type at once; None for everything else.
+
+    What all coefficients share is the scale; what they do not share multiplies the up's, whose
+    rounding P U' is known from P alone: ||P V||² / ||ΔW||², no arithmetic where P is 0.
+    """
+    if not isinstance(plan.method, Coefficients) or plan.rank is not None:
+        return None
+    if plan.algorithm not in (None, "lora") or len(shape) < 2:
+        return None
+    coefficients = _coefficients(plan.method, plan.options, deltas)
+    found = deltas.side_by_side(coefficients, dtype)
+    if found is None:
+        return None
+    if not math.isfinite(found.lost) and not bool(torch.isfinite(found.up).all()):
+        raise _unfit(path, "up", dtype)
+    rank, ones = found.up.shape[1], (1,) * (len(shape) - 2)
+    up, down = found.up.reshape(shape[0], rank, *ones), found.down.reshape(rank, *shape[1:])
+    scaled = common.copy()
+    scaled["scale"] = found.scale
+    module = LoRA(up, down, **scaled)
+    rounding = found.lost / found.size if found.size > 0 else 0.0
+    return Combined(module, len(deltas.entries), found.size, 0.0, rounding)
+
+
+def _coefficients(method: Coefficients, options: Chosen, deltas: Deltas) -> Sequence[float]:
+    needs_gram = method is not METHODS["linear"]
+    gram = deltas.gram() if needs_gram else torch.zeros(0, 0, dtype=torch.float64)
+    return method.run(gram, deltas.weights, deltas.total_weight, options)
+
+
 def _fitted(
     path: str, deltas: Deltas, shape: tuple[int, ...], common: Common, plan: Plan
 ) -> tuple[WeightAdapter, float, float]:
@@ -148,9 +189,7 @@ def _fitted(
         options = method.choose({"scale": plan.options.number("scale")})
     result: Pair | Tensor
     if isinstance(method, Coefficients):
-        needs_gram = method is not METHODS["linear"]
-        gram = deltas.gram() if needs_gram else torch.zeros(0, 0, dtype=torch.float64)
-        coefficients = method.run(gram, deltas.weights, deltas.total_weight, options)
+        coefficients = _coefficients(method, options, deltas)
         joined = deltas.concatenated(coefficients)
         result = joined if joined is not None else deltas.summed(coefficients)
     elif isinstance(method, Spectral):
@@ -250,11 +289,13 @@ def _cast(path: str, module: WeightAdapter, dtype: torch.dtype) -> WeightAdapter
     cast = {name: t.to(dtype) for name, t in tensors.items()}
     for name, tensor in cast.items():
         if not bool(torch.isfinite(tensor.float()).all()):
-            raise CheckFailed(
-                f"{path}: {name} does not fit {str(dtype).removeprefix('torch.')}. Write --dtype "
-                "bf16 or fp32."
-            )
+            raise _unfit(path, name, dtype)
     return module.with_tensors(**cast)
+
+
+def _unfit(path: str, name: str, dtype: torch.dtype) -> CheckFailed:
+    kind = str(dtype).removeprefix("torch.")
+    return CheckFailed(f"{path}: {name} does not fit {kind}. Write --dtype bf16 or fp32.")
 
 
 # beside the weight --------------------------------------------------------------------------------

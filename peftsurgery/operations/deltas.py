@@ -12,7 +12,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from peftsurgery.algorithms import WeightAdapter
+from peftsurgery.algorithms import LoRA, WeightAdapter
+from peftsurgery.algorithms.slots import bit_equal
+from peftsurgery.linalg import low_rank_sum_norm
 from peftsurgery.merge_methods import Pair, Stack
 
 GRAM_TILE = 1 << 20  # elements
@@ -26,6 +28,17 @@ class Entry:
     file: str
     weight: float
     module: WeightAdapter
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """Σ c_i ΔW_i = scale · up @ down, the factors in the number type to be written."""
+
+    up: Tensor  # (o, R)
+    down: Tensor  # (R, n)
+    scale: float
+    size: float  # ||Σ c_i ΔW_i||_F
+    lost: float  # ||Σ c_i ΔW_i - scale · up @ down||_F, of the rounding
 
 
 @dataclass(frozen=True)
@@ -120,6 +133,48 @@ class Deltas:
             return torch.zeros(rows, 1), torch.zeros(1, columns)
         return torch.cat(lefts, 1), torch.cat(rights, 0)
 
+    def side_by_side(self, coefficients: Sequence[float], dtype: torch.dtype) -> SideBySide | None:
+        """Factors of Σ c_i ΔW_i in `dtype`, block by block without an fp32 copy of the whole.
+
+        With all |c_i s_i| alike, s_i the scales of the LoRAs, that is the scale of the result and
+        the factors are the inputs' own numbers; otherwise each up is multiplied by its c_i s_i.
+        None when a change is not a plain LoRA, when two share their down, when one does not fit
+        `dtype` exactly, and when the sum of the ranks reaches a side.
+        """
+        live: list[tuple[Tensor, Tensor, float]] = []
+        for entry, coefficient in zip(self.entries, coefficients, strict=True):
+            module = entry.module
+            if not isinstance(module, LoRA) or module.mid is not None:
+                return None
+            if coefficient != 0:
+                up, down = module.up.detach().flatten(1), module.down.detach().flatten(1)
+                live.append((up, down, coefficient * float(module.scale)))
+        downs = [down for _, down, _ in live]
+        rank = sum(down.shape[0] for down in downs)
+        if not live or rank >= min(self.shape) or not all(_holds(dtype, d.dtype) for d in downs):
+            return None
+        if any(bit_equal(a, b) for i, a in enumerate(downs) for b in downs[:i]):
+            return None
+        sizes = {abs(factor) for _, _, factor in live}
+        shared = sizes.pop() if len(sizes) == 1 else 1.0
+        up = torch.empty(self.shape[0], rank, dtype=dtype)
+        rounded: list[Pair] = []
+        column = 0
+        for left, right, factor in live:
+            place = up[:, column : column + left.shape[1]]
+            column += left.shape[1]
+            if abs(factor) == shared and _holds(dtype, left.dtype):
+                torch.mul(left, math.copysign(1.0, factor), out=place)
+                continue
+            exact = left.float() * (factor / shared)
+            gap = exact - place.copy_(exact).float()
+            if bool(gap.any()):
+                rounded.append((gap, right))
+        pairs = [(left.float() * (factor / shared), right.float()) for left, right, factor in live]
+        lost = low_rank_sum_norm([(gap, right.float()) for gap, right in rounded])
+        size = low_rank_sum_norm(pairs)
+        return SideBySide(up, torch.cat(downs).to(dtype), shared, shared * size, shared * lost)
+
     def summed(self, coefficients: Sequence[float]) -> Tensor:
         """Σ c_i ΔW_i, dense in fp32."""
         rows, columns = self.shape
@@ -128,6 +183,11 @@ class Deltas:
             if coefficient != 0:
                 self.entries[source].module.accumulate(result, 0, rows, coefficient)
         return result.detach()
+
+
+def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    """Whether every value of one number type is one of the other."""
+    return narrow == wide or (wide == torch.float32 and narrow in (torch.float16, torch.bfloat16))
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -15,6 +15,7 @@ from peftsurgery.algorithms import Replace, WeightAdapter
 from peftsurgery.checkpoint import Checkpoint
 from peftsurgery.codec import decode, open_adapter
 from peftsurgery.errors import CheckFailed
+from peftsurgery.linalg.krylov import square
 from peftsurgery.operations.changes import Change
 from peftsurgery.operations.differences import Difference
 from peftsurgery.operations.projecting import Job, Projected
@@ -132,10 +133,12 @@ def _gap(
         return _square(change), _square(gap)
     norm = error = 0.0
     for start, tile in difference.tiles():
-        norm += _square(tile)
+        norm += square(tile)
         if "diff" in module.fields or module.rank is not None or module.algorithm == "lokr":
-            tile = tile - module.tile(row + start, row + start + tile.shape[0])
-        error += _square(tile)
+            first = row + start
+            with torch.no_grad():  # into the memory of the tile, which is not read again
+                module.accumulate(tile, first, first + tile.shape[0], -1.0)
+        error += square(tile)
     return norm, error
 
 

@@ -418,3 +418,34 @@ def test_carried_attributes(rng: Generator) -> None:
     ]
     joined = LoRA.fuse(parts)
     assert (joined.padded_shape, joined.stored) == ((6, 5), "embedding")
+
+
+def test_rows_of_one_tensor_are_joined_without_a_copy(rng: Generator) -> None:
+    whole = LoRA(torch.randn(12, 3, generator=rng), torch.randn(3, 5, generator=rng))
+    parts = [whole.rows(a, b) for a, b in ((0, 4), (4, 5), (5, 12))]
+    again = LoRA.fuse(parts)
+    assert again.tensors()["up"].data_ptr() == whole.up.data_ptr()
+    assert torch.equal(again.delta(), whole.delta())
+    for order in ([1, 0, 2], [0, 2], [0, 1, 1, 2]):
+        some = [parts[n] for n in order]
+        joined = LoRA.fuse(some)
+        assert torch.equal(joined.delta(), torch.cat([p.delta() for p in some]))
+    apart = LoRA.fuse([parts[0], 1, parts[2]])
+    assert torch.equal(
+        apart.delta(), torch.cat([parts[0].delta(), torch.zeros(1, 5), parts[2].delta()])
+    )
+
+
+def test_split_blocks_looks_beyond_the_first_rows(rng: Generator) -> None:
+    down = torch.randn(4, 5, generator=rng)
+    late = torch.zeros(30, 4)
+    late[29, 2] = 1.0  # the only row that uses a rank index of the other part
+    early = torch.zeros(30, 4)
+    early[:, 2] = 1.0
+    early[:, 0] = 1.0
+    shared = [LoRA(early, down), LoRA(late, down)]
+    assert split_blocks(shared) == shared
+    early[:, 2] = 0
+    late[3, 1] = late[4, 3] = 1.0
+    ranks = [p.rank for p in split_blocks([LoRA(early, down), LoRA(late, down)])]
+    assert ranks == [1, 3]

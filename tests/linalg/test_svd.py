@@ -19,6 +19,7 @@ from peftsurgery.linalg import (
     kron_svd,
     low_rank_difference_norm,
     low_rank_norm,
+    low_rank_sum_norm,
 )
 
 
@@ -253,3 +254,29 @@ def test_rough_norm(cancel: float) -> None:
     left, right = torch.cat([up, -cancel * up], 1), torch.cat([down, down])
     exact = float(torch.linalg.norm(left.double() @ right.double()))
     assert low_rank_norm(left, right, rough=True) == pytest.approx(exact, rel=1e-4)
+
+
+def test_norm_of_a_sum_of_products() -> None:
+    generator = Generator().manual_seed(8)
+    shapes = (3, 1, 7)
+    pairs = [
+        (torch.randn(40, r, generator=generator), torch.randn(r, 25, generator=generator))
+        for r in shapes
+    ]
+    dense = sum((u.double() @ v.double() for u, v in pairs), torch.zeros(40, 25).double())
+    assert low_rank_sum_norm(pairs) == pytest.approx(float(dense.norm()), rel=1e-5)
+    assert low_rank_sum_norm([]) == 0.0
+    u, v = pairs[0]
+    assert low_rank_sum_norm([(u, v), (-u, v)]) == pytest.approx(0.0, abs=1e-6)
+    assert math.isnan(low_rank_sum_norm([(u * math.nan, v)]))
+
+
+@pytest.mark.parametrize("rank", [63, 64, 65, 130])
+def test_gram_panels(rank: int) -> None:
+    generator = Generator().manual_seed(rank)
+    up = torch.randn(1100, rank, generator=generator).bfloat16()
+    down = torch.randn(rank, 300, generator=generator).half()
+    u, s, vh = core_svd(up, down)
+    dense = up.double() @ down.double()
+    torch.testing.assert_close(s.double(), torch.linalg.svdvals(dense)[:rank], rtol=1e-6, atol=1e-4)
+    torch.testing.assert_close(((u * s) @ vh).double(), dense, rtol=1e-4, atol=1e-3)

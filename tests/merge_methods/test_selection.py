@@ -40,3 +40,40 @@ def test_many_equal_ones() -> None:
     numbers = torch.full((1000,), 0.125)
     numbers[::10] = 0.0
     assert largest(lambda: numbers.split(77), [1, 900, 901, 1000]) == [0.125, 0.125, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("columns", [1.0, 0.01])
+def test_a_good_sample_saves_a_reading(columns: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    numbers = torch.randn(4096, 40, generator=generator).abs()
+    numbers[:, 20:] *= columns
+    readings = 0
+
+    def read() -> tuple[torch.Tensor, ...]:
+        nonlocal readings
+        readings += 1
+        return numbers.split(4)
+
+    ranks = [1, 20, 50000, 120000, numbers.numel()]
+    expected = numbers.flatten().sort(descending=True).values
+    for rank in ranks:
+        readings = 0
+        found = largest(read, [rank], sample=lambda: numbers.split(4)[::8], count=numbers.numel())
+        assert found == [float(expected[rank - 1])]
+        assert readings == 1
+
+
+@pytest.mark.parametrize("misleading", ["smaller", "larger", "zeros", "equal"])
+def test_a_misleading_sample_is_found_out(misleading: str) -> None:
+    generator = torch.Generator().manual_seed(4)
+    numbers = torch.randn(300, 40, generator=generator).abs()
+    sample = {
+        "smaller": numbers * 1e-3,
+        "larger": numbers * 1e3,
+        "zeros": torch.zeros(7, 3),
+        "equal": torch.full((30, 30), float(numbers.median())),
+    }[misleading]
+    expected = numbers.flatten().sort(descending=True).values
+    for rank in (1, 17, 3600, 11999, 12000):
+        found = largest(lambda: numbers.split(7), [rank], sample=lambda: [sample], count=12000)
+        assert found == [float(expected[rank - 1])]

@@ -103,6 +103,49 @@ def test_overflow_is_an_error() -> None:
             [1e6, 1.0])  # fmt: skip
 
 
+def test_a_common_weight_leaves_the_factors_their_bits() -> None:
+    parts = [
+        LoRA(normal(i, 33, 4).bfloat16(), normal(i + 9, 4, 21).bfloat16(), scale=0.3)
+        for i in range(3)
+    ]
+    found = run(list(parts), [0.7, -0.7, 0.7])
+    assert isinstance(found.module, LoRA)
+    assert torch.equal(found.module.down, torch.cat([p.down for p in parts]))
+    signed = [parts[0].up, -parts[1].up, parts[2].up]
+    assert torch.equal(found.module.up, torch.cat(signed, 1))
+    expected = 0.7 * (parts[0].delta() - parts[1].delta() + parts[2].delta())
+    torch.testing.assert_close(found.module.delta(), expected)
+    assert (found.rounding, found.loss) == (0.0, 0.0)
+    assert found.size == pytest.approx(float(expected.norm()), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rounding_of_unlike_weights_is_measured(dtype: torch.dtype) -> None:
+    parts = [LoRA(normal(i, 33, 4).to(dtype), normal(i + 9, 4, 21).to(dtype)) for i in range(3)]
+    weights = [0.3, 0.5, -1.1]  # the second one exact, the others not
+    found = run(list(parts), weights)
+    exact = sum(w * (p.up.double() @ p.down.double()) for w, p in zip(weights, parts, strict=True))
+    assert isinstance(exact, Tensor)
+    lost = float((exact - found.module.delta().double()).norm() / exact.norm())
+    if dtype == torch.float32:
+        assert found.rounding == 0
+        assert lost < 1e-6
+    else:
+        assert 1e-5 < lost < 1e-2
+        assert found.rounding == pytest.approx(lost, rel=0.02)
+    assert {t.dtype for t in found.module.tensors().values()} == {dtype}
+    assert found.size == pytest.approx(float(exact.norm()), rel=1e-4)
+
+
+def test_opposite_ones_cancel() -> None:
+    one = LoRA(normal(1, 30, 3), normal(2, 3, 20))
+    other = LoRA(one.up.detach().clone(), one.down.detach() * (1 + 2**-20))
+    found = run([one, other], [1.0, -1.0])
+    exact = one.up.double() @ (one.down.double() - other.down.double())
+    assert found.size == pytest.approx(float(exact.norm()), rel=1e-3)
+    torch.testing.assert_close(found.module.delta().double(), exact, rtol=0, atol=1e-5)
+
+
 def test_tiny_half_factors() -> None:
     small = LoRA(normal(1, 9, 2).half() * 1e-3, (normal(2, 2, 7) * 1e-4).half())
     for method in ("svd", "tsv", "iso_c", "knots", "ties"):
