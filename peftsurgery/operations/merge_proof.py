@@ -23,7 +23,7 @@ from peftsurgery.operations.inputs import DENSE
 from peftsurgery.operations.plan import Target
 from peftsurgery.operations.requantizing import Order, Repacker, differs
 from peftsurgery.operations.staging import workers
-from peftsurgery.quantizers import PackedTensor
+from peftsurgery.quantizers import PackedTensor, is_marker
 
 PIECE = 1 << 18  # bytes
 
@@ -58,8 +58,11 @@ def differences(
         rows = tile_that_differs(target, settings, written[name], full=full)
         return None if rows is None else f"{name!r} (rows {rows})"
 
+    names = set(base) | set(written)
+    if settings.requant == "dequant":
+        names = {name for name in names if name in written or not is_marker(name)}
     with workers() as pool:
-        found = pool.map(problem, sorted(set(base) | set(written)))
+        found = pool.map(problem, sorted(names))
         return [text for text in found if text is not None]
 
 

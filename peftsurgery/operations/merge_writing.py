@@ -23,8 +23,11 @@ from peftsurgery.operations.plan import Target
 from peftsurgery.operations.repacking import Repacking
 from peftsurgery.operations.requantizing import Order
 from peftsurgery.operations.side_files import copy_side_files
-from peftsurgery.quantizers import PackedTensor
+from peftsurgery.quantizers import PackedTensor, is_marker
 from peftsurgery.reports import Progress
+
+
+PACKING_KEYS = ("_quantization_metadata",)  # of the file, on its packed weights (ComfyUI)
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def write_merged(
             tensors = {
                 place.tensor.name: _value(place, pipeline, repacking, joints) for place in places
             }
-            save(file, tensors, _metadata(source))
+            save(file, tensors, _metadata(source, settings))
         written = Written({**pipeline.survival, **repacking.survival}, repacking.digests)
     if staged.is_dir():
         plain = settings.requant == "dequant"
@@ -112,6 +115,8 @@ def _places(source: Source, settings: Settings) -> dict[Path, list[Place]]:
     base, targets = source.checkpoint, source.targets
     files: dict[Path, list[tuple[int, Place]]] = {path: [] for path in base.files}
     for name, tensor in base.items():
+        if settings.requant == "dequant" and is_marker(name):
+            continue
         target = targets.get(name)
         if is_repacked(tensor, settings):
             assert isinstance(tensor, PackedTensor)
@@ -172,7 +177,8 @@ def _value(
 
 def _part(place: Place, repacking: Repacking, joints: dict[str, Joint]) -> Deferred:
     """One part of a packed weight; the others of the same weight are made with it."""
-    assert place.target is not None and isinstance(place.target.tensor, PackedTensor)
+    assert place.target is not None
+    assert isinstance(place.target.tensor, PackedTensor)
     packed, name, stored = place.target.tensor.packed, place.name, place.tensor.name
     if name not in joints:
         joints[name] = Joint(
@@ -207,7 +213,9 @@ def cast(tensor: LazyTensor, dtype: str) -> Iterator[torch.Tensor]:
         yield result
 
 
-def _metadata(source: Source) -> dict[str, str]:
+def _metadata(source: Source, settings: Settings) -> dict[str, str]:
     base = source.checkpoint
     known = dict(base.metadata) if len(base.files) == 1 else {"format": "pt"}
+    if settings.requant == "dequant":
+        known = {key: text for key, text in known.items() if key not in PACKING_KEYS}
     return {**known, "peftsurgery.version": __version__, **source.metadata}

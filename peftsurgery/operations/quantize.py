@@ -29,7 +29,7 @@ from peftsurgery.operations.rounding import generator
 from peftsurgery.operations.side_files import copy_side_files
 from peftsurgery.operations.staging import staged_beside
 from peftsurgery.quantizers import Grid, Packed, PackedTensor, Rounding, by_name, logical, nearest
-from peftsurgery.quantizers.rounding import feedback, stochastic
+from peftsurgery.quantizers.rounding import feedback, feedback_factor, stochastic
 from peftsurgery.reports import Progress, Report
 from peftsurgery.reports.base import Row
 
@@ -131,12 +131,14 @@ def quantize(
     ):
         joints = {name: Joint(partial(take, name)) for name in jobs}
         for path, names in _files(checkpoint).items():
-            tensors: dict[str, LazyTensor | Deferred] = {}
+            tensors: dict[str, LazyTensor | Deferred | Tensor] = {}
             for name in names:
                 if name in jobs:
                     tensors |= _deferred(jobs[name], checkpoint[name], joints[name])
                 else:
                     tensors[checkpoint[name].name] = checkpoint[name]
+            here = [jobs[name] for name in names if name in jobs]
+            tensors |= {_own(name): mark for name, mark in fmt.markers(here).items()}
             save(_place(checkpoint, staged, path), tensors, _metadata(checkpoint, fmt.name))
         if staged.is_dir():
             copy_side_files(checkpoint, staged, config=config)
@@ -250,9 +252,13 @@ def _rule(rounding: str, name: str, grams: Grams | None, seed: int) -> Rounding:
     if read is None:
         raise UsageError(f"--gram: there is no Gram matrix for {name!r}.")
 
+    held: list[Tensor] = []  # of one weight at a time: its chunks come one after another
+
     def rule(weight: Tensor, grid: Grid, previous: Tensor | None) -> Tensor:
-        gram = read()
-        return feedback(weight, grid, gram if gram.ndim == 2 else gram.diag())
+        if not held:
+            gram = read()
+            held.append(feedback_factor(gram if gram.ndim == 2 else gram.diag()))
+        return feedback(weight, grid, held[0])
 
     return rule
 

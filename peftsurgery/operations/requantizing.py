@@ -17,7 +17,7 @@ from peftsurgery.operations.apply import TILE, Renderer, Scratch, Settings, span
 from peftsurgery.operations.plan import Target
 from peftsurgery.operations.rounding import Survival, generator
 from peftsurgery.quantizers import Grid, Packed, PackedTensor, nearest
-from peftsurgery.quantizers.rounding import feedback, stochastic, subspace
+from peftsurgery.quantizers.rounding import feedback, feedback_factor, stochastic, subspace
 
 DIRECTIONS = 64  # input directions of a change whose factors are not at hand
 SAFE = 1e-6  # of the largest: directions below are noise of the factors
@@ -133,8 +133,7 @@ class Repacker:
             random = generator(self.settings.seed, self.target.name, start)
             return stochastic(rows, grid, random)
         if rounding == "gptq":
-            assert self.order.gram is not None
-            return feedback(rows, grid, self.order.gram())
+            return feedback(rows, grid, self._gram_factor(start, change))
         if rounding == "subspace":
             basis = self.basis(start, change)
             if basis.shape[1]:
@@ -151,7 +150,18 @@ class Repacker:
             self._found = (slab, directions(change[slab * per : (slab + 1) * per], start))
         return self._found[1]
 
+    def _gram_factor(self, start: int, change: Tensor) -> Tensor:
+        """What feedback needs of the Gram matrix, with the directions of the change around row
+        `start`; one at a time is kept.
+        """
+        assert self.order.gram is not None
+        basis = self.basis(start, change)
+        if self._factor is None or self._factor[0] is not basis:
+            self._factor = (basis, feedback_factor(self.order.gram(), basis))
+        return self._factor[1]
+
     _found: tuple[int, Tensor] | None = None
+    _factor: tuple[Tensor, Tensor] | None = None
 
     @property
     def _factored(self) -> Tensor | None:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from peftsurgery.quantizers.grids import Grid, Rounding, nearest
 from peftsurgery.quantizers.packed import Format, Packed, PackedTensor
-from peftsurgery.quantizers.registry import FORMATS, PackedCheckpoint, by_name, logical
+from peftsurgery.quantizers.registry import (
+    FORMATS,
+    PackedCheckpoint,
+    by_name,
+    is_marker,
+    logical,
+)
 
 __all__ = [
     "FORMATS",
@@ -15,6 +21,7 @@ __all__ = [
     "PackedTensor",
     "Rounding",
     "by_name",
+    "is_marker",
     "logical",
     "nearest",
 ]

@@ -33,6 +33,10 @@ def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
     across words: uint8 (…, count).
     """
     raw = words.contiguous().view(torch.uint8)
+    if 8 % bits == 0:  # no code crosses a byte
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+        codes = (raw[..., None] >> shifts) & ((1 << bits) - 1)
+        return codes.flatten(-2)[..., :count]
     places = torch.arange(count) * bits
     byte, shift = places // 8, (places % 8).to(torch.int16)
     padded = torch.nn.functional.pad(raw, (0, 1))
@@ -44,10 +48,16 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
     """The inverse of `unpack_words`; the last word is filled with zeros: int32 (…, w)."""
     count = codes.shape[-1]
     size = -(-count * bits // 32) * 4  # bytes
+    if 8 % bits == 0:
+        full = torch.nn.functional.pad(codes, (0, size * 8 // bits - count))
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+        parts = full.reshape(*codes.shape[:-1], size, 8 // bits) << shifts
+        return parts.sum(-1, dtype=torch.uint8).view(torch.int32)
     places = torch.arange(count) * bits
     byte, shift = places // 8, (places % 8).to(torch.int32)
     wide = codes.to(torch.int32) << shift
     flat = torch.zeros(*codes.shape[:-1], size + 1, dtype=torch.int32)
     flat.index_add_(-1, byte, wide & 255)  # no two codes share a bit: adding is or
     flat.index_add_(-1, byte + 1, wide >> 8)
-    return flat[..., :size].to(torch.uint8).contiguous().view(torch.int32)
+    stored = flat[..., :size].to(torch.uint8)
+    return stored.clone(memory_format=torch.contiguous_format).view(torch.int32)

@@ -45,13 +45,14 @@ class Codebook:
     def nearest(self, units: Tensor) -> Tensor:
         """The code of the nearest level; halfway between two, of the lower one."""
         return self.codes.index_select(
-            0, torch.bucketize(units, self.middles, out_int32=True).reshape(-1)
+            0, torch.bucketize(units.contiguous(), self.middles, out_int32=True).reshape(-1)
         ).reshape(units.shape)
 
     def between(self, units: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(lower code, upper code, share): the neighbouring levels and how far from the lower one
         to the upper the value lies, 0 to 1; outside of all levels, the outermost pair.
         """
+        units = units.contiguous()
         upper = torch.bucketize(units, self.levels, right=True).clamp_(1, len(self.levels) - 1)
         below, above = self.levels[upper - 1], self.levels[upper]
         share = ((units - below) / (above - below)).clamp_(0, 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -65,6 +65,17 @@ class Packed:
         """A stored part as a tensor."""
         return self.parts[role].torch()
 
+    def part_rows(self, role: str, start: int, stop: int) -> Tensor:
+        """What a stored part holds for rows start:stop of the matrix, one row each; its first
+        dimensions are the matrix's rows.
+        """
+        part = self.parts[role]
+        lead = 1
+        while lead < len(part.shape) and math.prod(part.shape[:lead]) < self.rows:
+            lead += 1
+        part = part.flattened(lead) if lead > 1 else part
+        return part.rows(start, stop).torch().reshape(stop - start, -1)
+
 
 class Format(abc.ABC):
     """A way to pack weights: `find` claims them, `grid` unpacks, `fit` and `pack` quantize.
@@ -99,6 +110,12 @@ class Format(abc.ABC):
     def pack(self, packed: Packed, codes: Tensor) -> dict[str, Tensor]:
         """The codes (rows, columns) as stored: the parts that `fit` does not make."""
 
+    def join(self, scales: dict[str, Tensor], codes: dict[str, Tensor]) -> dict[str, Tensor]:
+        """All parts, from what `fit` and `pack` gave of one weight; formats whose scales and codes
+        share a tensor put them together here.
+        """
+        return {**scales, **codes}
+
     def fresh(self, name: str, shape: tuple[int, ...], native: str, **options: object) -> Packed:
         """A weight to be packed, outlines only. UnsupportedError when the shape does not fit the
         format, or the format is only read.
@@ -110,6 +127,18 @@ class Format(abc.ABC):
         none.
         """
         return None
+
+    def markers(self, packed: Sequence[Packed]) -> dict[str, Tensor]:
+        """Tensors, name -> tensor, that a file needs beside these weights because it holds them,
+        packed afresh; for formats that mark the file as a whole.
+        """
+        return {}
+
+    def marks(self, name: str) -> bool:
+        """Whether a stored tensor is such a marker: to be left out of a file that holds no packed
+        weight any more.
+        """
+        return False
 
     def columns(self, packed: Packed) -> int:
         """Columns of the matrix of a weight."""
@@ -144,7 +173,7 @@ class Format(abc.ABC):
         grid, parts = self.fit(packed, matrix)
         before = self.grid(packed, 0, packed.rows)[1] if packed.parts else None
         codes = rounding(matrix, grid, before)
-        return {**parts, **self.pack(packed, codes)}
+        return self.join(parts, self.pack(packed, codes))
 
 
 def check_finite(name: str, weight: Tensor) -> None:

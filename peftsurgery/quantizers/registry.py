@@ -16,11 +16,17 @@ from peftsurgery.quantizers.compressed_float8 import CompressedFloat8, FbgemmFlo
 from peftsurgery.quantizers.configs import quantization_config
 from peftsurgery.quantizers.gguf_view import gguf_tensors
 from peftsurgery.quantizers.gptq import GPTQ
+from peftsurgery.quantizers.hqq import HQQ
+from peftsurgery.quantizers.int_quantized import IntQuantized
 from peftsurgery.quantizers.mxfp4 import CompressedMxfp4, DeepSeekMxfp4, GptOss
 from peftsurgery.quantizers.nvfp4 import CompressedNvfp4, ModelOptNvfp4
+from peftsurgery.quantizers.pack_quantized import PackQuantized
 from peftsurgery.quantizers.packed import Format, Packed, PackedTensor
 from peftsurgery.quantizers.plain_float8 import PlainFloat8
+from peftsurgery.quantizers.quanto import Quanto, QuantoFloat8
 from peftsurgery.quantizers.scaled_float8 import ComfyFloat8
+from peftsurgery.quantizers.torchao import TorchAO, TorchAOFloat8
+from peftsurgery.quantizers.torchao_int4 import TorchAOInt4
 
 FORMATS: tuple[Format, ...] = (
     NF4(),
@@ -28,12 +34,20 @@ FORMATS: tuple[Format, ...] = (
     Int8(),
     GPTQ(),
     AWQ(),
+    HQQ(),
+    Quanto(),
+    QuantoFloat8(),
+    TorchAO(),
+    TorchAOInt4(),
+    TorchAOFloat8(),
     ComfyFloat8(),
     ComfyNvfp4(),
     CompressedNvfp4(),
     ModelOptNvfp4(),
     GptOss(),
     CompressedMxfp4(),
+    PackQuantized(),
+    IntQuantized(),
     DeepSeekMxfp4(),
     BlockFloat8(),
     FbgemmFloat8(),
@@ -49,6 +63,11 @@ def by_name(name: str) -> Format:
         close = ", ".join(nearest(name, known)) or ", ".join(known)
         raise UsageError(f"format {name!r} is not known. Closest: {close}.")
     return known[name]
+
+
+def is_marker(name: str) -> bool:
+    """Whether a tensor only says that a file holds packed weights."""
+    return any(format.marks(name) for format in FORMATS)
 
 
 class PackedCheckpoint(Checkpoint):

@@ -68,22 +68,34 @@ def subspace(weight: Tensor, grid: Grid, basis: Tensor, weighting: float = WEIGH
     return codes
 
 
-def feedback(weight: Tensor, grid: Grid, gram: Tensor, damping: float = 0.01) -> Tensor:
-    """GPTQ: codes for weight (rows, columns) that keep tr(ε H εᵀ) small; gram H (columns, columns).
+def feedback_factor(gram: Tensor, basis: Tensor | None = None, damping: float = 0.01) -> Tensor:
+    """The upper Cholesky factor U of H⁻¹, for `feedback`; gram H = Σ x xᵀ (columns, columns).
 
-    H is damped by `damping` times its mean diagonal. With U the upper Cholesky factor of H⁻¹,
-    column k is rounded, and ε_k / U_kk · U_kj is taken from every column j behind it. UsageError
-    for a gram of another size, or one that is not positive definite.
+    H is divided by its mean diagonal and damped by `damping`; with a basis V (columns, r) of the
+    directions of a change, WEIGHT · V Vᵀ is added, so that the change itself survives too.
+    UsageError for a gram that is not positive definite.
+    """
+    columns = gram.shape[0]
+    if gram.ndim != 2 or gram.shape[1] != columns:
+        raise UsageError(f"gptq rounding: a Gram matrix of shape {list(gram.shape)}, not square.")
+    exact = gram.double()
+    exact = exact / exact.diagonal().mean() + damping * torch.eye(columns, dtype=torch.float64)
+    if basis is not None:
+        exact += WEIGHT * basis.double() @ basis.double().T
+    lower, failed = torch.linalg.cholesky_ex(exact)
+    if failed:
+        raise UsageError("gptq rounding: the Gram matrix is not positive definite. Use more data.")
+    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
+
+
+def feedback(weight: Tensor, grid: Grid, factor: Tensor) -> Tensor:
+    """GPTQ: codes for weight (rows, columns) that keep tr(ε H εᵀ) small; `factor` U is that of H.
+
+    Column k is rounded, and ε_k / U_kk · U_kj is taken from every column j behind it. UsageError
+    for a factor of another size.
     """
     columns = weight.shape[1]
-    _check(weight, gram.shape[0])
-    exact = gram.double() + damping * gram.diagonal().double().mean() * torch.eye(
-        columns, dtype=torch.float64
-    )
-    lower, failed = torch.linalg.cholesky_ex(exact)
-    if failed or gram.shape[0] != gram.shape[1]:
-        raise UsageError("gptq rounding: the Gram matrix is not positive definite. Use more data.")
-    factor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
+    _check(weight, factor.shape[0])
     work = weight.clone()
     codes = torch.empty(weight.shape, dtype=grid.book.dtype)
     for first in range(0, columns, 128):

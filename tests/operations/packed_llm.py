@@ -12,10 +12,10 @@ from torch import Tensor
 from peftsurgery.checkpoint import open_checkpoint, save
 from peftsurgery.quantizers import logical
 
-HIDDEN, INNER, LAYERS, VOCABULARY = 128, 192, 2, 50
+HIDDEN, INNER, LAYERS, VOCABULARY = 128, 256, 2, 50
 SHAPES = {
     "self_attn.q_proj": (HIDDEN, HIDDEN),
-    "self_attn.v_proj": (HIDDEN // 2, HIDDEN),
+    "self_attn.v_proj": (HIDDEN, HIDDEN),
     "mlp.down_proj": (HIDDEN, INNER),
     "mlp.up_proj": (INNER, HIDDEN),
 }

@@ -10,7 +10,7 @@ from peftsurgery.errors import UsageError
 from peftsurgery.quantizers.bitsandbytes4 import NF4_LEVELS
 from peftsurgery.quantizers.books import Codebook, Float8, Integers
 from peftsurgery.quantizers.grids import Grid, nearest
-from peftsurgery.quantizers.rounding import blocks, feedback, stochastic, subspace
+from peftsurgery.quantizers.rounding import blocks, feedback, feedback_factor, stochastic, subspace
 
 BOOKS = {
     "nf4": Codebook(torch.tensor(NF4_LEVELS)),
@@ -165,7 +165,10 @@ def test_feedback_with_any_gram_lowers_the_error_of_the_outputs() -> None:
     grid = Grid(BOOKS["int4"], weight.abs().amax(1, keepdim=True) / 7, torch.full((64, 1), 8.0))
     plain, fed = (
         float(((grid.values(codes) - weight) @ inputs.T).norm())
-        for codes in (grid.nearest(weight), feedback(weight, grid, inputs.T @ inputs))
+        for codes in (
+            grid.nearest(weight),
+            feedback(weight, grid, feedback_factor(inputs.T @ inputs)),
+        )
     )
     assert fed < 0.7 * plain
 
@@ -177,7 +180,10 @@ def test_feedback_of_a_subspace_gram_agrees_with_subspace() -> None:
     grid = Grid(BOOKS["int4"], weight.abs().amax(1, keepdim=True) / 7, torch.full((64, 1), 8.0))
     basis = torch.linalg.qr(torch.randn(128, 3, generator=random)).Q
     gram = torch.eye(128) + 1000 * basis @ basis.T
-    both = (feedback(weight, grid, gram, 1e-9), subspace(weight, grid, basis))
+    both = (
+        feedback(weight, grid, feedback_factor(gram, None, 1e-9)),
+        subspace(weight, grid, basis),
+    )
     first, second = (float(((grid.values(c) - weight) @ basis).norm()) for c in both)
     none = float(((grid.values(grid.nearest(weight)) - weight) @ basis).norm())
     assert first < 0.2 * none
@@ -189,4 +195,8 @@ def test_wrong_sizes_are_refused() -> None:
     with pytest.raises(UsageError, match="columns"):
         subspace(torch.zeros(2, 5), grid, torch.zeros(4, 1))
     with pytest.raises(UsageError, match="positive definite"):
-        feedback(torch.zeros(2, 5), grid, -torch.eye(5))
+        feedback_factor(torch.diag(torch.tensor([1.0, -2.0, 5.0])))
+    with pytest.raises(UsageError, match="not square"):
+        feedback_factor(torch.zeros(2, 5))
+    with pytest.raises(UsageError, match="columns"):
+        feedback(torch.zeros(2, 5), grid, torch.eye(4))
