@@ -28,7 +28,7 @@ ALLOWED = {  # part of the package -> parts it may import, beside itself
     "merge_methods": _FORM,
     "reports": {"errors"},
     "operations": _OPERATIONS,
-    "runtime": _CODEC,
+    "runtime": _CODEC | {"quantizers"},
     "cli": _OPERATIONS,
     "__main__": {"cli"},
     "__init__": _OPERATIONS | {"runtime"},

@@ -14,7 +14,7 @@ from peftsurgery.checkpoint.tensors import FileMap, LazyTensor
 class Checkpoint(Mapping[str, LazyTensor]):
     """What `open_checkpoint` returns.
 
-    kind: "file" | "sharded" | "transformers" | "pipeline" | "peft" | "pickle".
+    kind: "file" | "sharded" | "transformers" | "pipeline" | "peft" | "pickle" | "gguf".
     A pipeline, and a folder of PEFT folders, names its tensors `component:tensor`; `components`
     holds one Checkpoint for each, with the names of its own files, and `configs` their configs.
     """

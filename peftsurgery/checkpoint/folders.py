@@ -160,6 +160,7 @@ def _only(top: Set[str], where: str) -> str:
     groups = (
         sorted(name for name in top if is_index(name)),
         sorted(name for name in top if name.endswith(SUFFIXES)),
+        sorted(name for name in top if name.endswith(".gguf")),
         sorted(name for name in top if is_pickle_name(name)),
     )
     for found in groups:
@@ -174,7 +175,7 @@ def _only(top: Set[str], where: str) -> str:
     raise UsageError(
         f"{where}: no weights in this folder (looked for model_index.json, adapter_config.json, "
         "model.safetensors, diffusion_pytorch_model.safetensors and their indexes, PEFT "
-        "sub-folders, pytorch_lora_weights.safetensors, a single .safetensors or .sft file)"
+        "sub-folders, pytorch_lora_weights.safetensors, a single .safetensors, .sft or .gguf file)"
     )
 
 

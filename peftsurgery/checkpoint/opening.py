@@ -9,6 +9,7 @@ from pathlib import Path
 from peftsurgery.checkpoint import folders, hub, strict_json
 from peftsurgery.checkpoint.container import Checkpoint
 from peftsurgery.checkpoint.folders import Part, check_basename, inside, is_index
+from peftsurgery.checkpoint.gguf import is_gguf, open_gguf
 from peftsurgery.checkpoint.header import DEFAULT_LIMITS, Limits, open_regular, read_header
 from peftsurgery.checkpoint.pickles import is_pickle_name, open_pickle, refuse_pickle
 from peftsurgery.checkpoint.strict_json import shown
@@ -21,11 +22,11 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open weights without reading them: headers only.
 
-    source: a local path first (`.safetensors`, `.sft`, `*.safetensors.index.json`, or a folder:
-    transformers, diffusers pipeline, PEFT, PEFT sub-folders, one .safetensors), then a hub id,
-    `owner/repo[@rev][:file]` or `hf://owner/repo[@rev][/file]`, through huggingface_hub and its
-    cache. Pickles (.pt .bin .ckpt .pth) only with `allow_pickle`, and then by an interpreter that
-    runs nothing.
+    source: a local path first (`.safetensors`, `.sft`, `.gguf`, `*.safetensors.index.json`, or a
+    folder: transformers, diffusers pipeline, PEFT, PEFT sub-folders, one .safetensors or .gguf),
+    then a hub id, `owner/repo[@rev][:file]` or `hf://owner/repo[@rev][/file]`, through
+    huggingface_hub and its cache. Pickles (.pt .bin .ckpt .pth) only with `allow_pickle`, and then
+    by an interpreter that runs nothing.
 
     Raises UsageError (missing, truncated, not weights; it says what was tried), UnsafeInputError
     (a broken safety rule, see `Limits`).
@@ -93,6 +94,8 @@ class _Opener:
 
     def weights(self, path: Path, kind: str | None, shown_path: Path) -> Checkpoint:
         """One set of weights: a file or an index; `kind` None means by what it is."""
+        if not is_index(path.name) and is_gguf(path):
+            return open_gguf(path, source=self.source, limits=self.limits)
         if is_index(path.name):
             tensors, metadata, files = self.index(path)
             kind = kind or "sharded"

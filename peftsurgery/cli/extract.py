@@ -98,7 +98,8 @@ def extract(
     """Take what a fine-tune changed out of it, as an adapter.
 
     TUNED and BASE are files, sharded indexes, folders or hub ids; they may name, shard and fuse
-    their tensors differently. BASE + the written adapter is measured against TUNED.
+    their tensors differently, and be packed: weights are compared as what they stand for. BASE +
+    the written adapter is measured against TUNED.
     """
     from peftsurgery.operations.extract import extract as operation
 

@@ -28,7 +28,8 @@ def inspect(
     """Say what a file or folder is and what every key in it means.
 
     PATH is a file, a sharded index, a folder (PEFT, transformers, diffusers pipeline) or
-    a hub id, owner/repo[@revision][:file].
+    a hub id, owner/repo[@revision][:file]. Of a checkpoint with packed weights the formats, bits
+    per weight and what stays plain are said.
     """
     from peftsurgery.operations.inspect import inspect as operation
 

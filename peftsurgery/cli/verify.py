@@ -48,7 +48,8 @@ def verify(
     """Say whether a merged checkpoint really is base + adapters.
 
     Whoever merged it: every tensor is computed again and compared, to one unit in the last place of
-    MERGED's number type. Exit code 0 yes, 1 no, 3 it cannot be decided.
+    MERGED's number type; where it is packed, to the step of its grid, and by the strength that is
+    found there. Exit code 0 yes, 1 no, 3 it cannot be decided.
     """
     from peftsurgery.operations.strengths import parse
     from peftsurgery.operations.verify import verify as operation

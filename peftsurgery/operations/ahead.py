@@ -7,9 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Generic, TypeVar
 
-import torch
-
-from peftsurgery.operations.staging import workers
+from peftsurgery.operations.staging import thread_count, workers
 
 Result = TypeVar("Result")
 
@@ -22,7 +20,7 @@ class Ahead(Generic[Result]):
     def __init__(self, names: Sequence[str], make: Callable[[str], Result]) -> None:
         self._make = make
         self._names = dict.fromkeys(names)
-        self._count = torch.get_num_threads()
+        self._count = thread_count()
         self._jobs: dict[str, Future[Result]] = {}
         self._exit = contextlib.ExitStack()
 

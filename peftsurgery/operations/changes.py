@@ -6,17 +6,17 @@ import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from peftsurgery import architectures
-from peftsurgery.checkpoint import Checkpoint, LazyTensor
+from peftsurgery.checkpoint import Checkpoint
 from peftsurgery.codec import BaseWeights
 from peftsurgery.codec.bases import Stored
 from peftsurgery.errors import Finding, UnsupportedError, UsageError
 from peftsurgery.operations.differences import FLOATS, Difference, paired
 from peftsurgery.operations.inputs import OPEN
+from peftsurgery.operations.packed_sides import StoredAlike, same_stored
 from peftsurgery.operations.staging import workers
 from peftsurgery.operations.tying import tied_pair
+from peftsurgery.quantizers import is_marker
 from peftsurgery.reports import Progress
 
 LISTED = 8  # names shown in one message
@@ -163,6 +163,8 @@ def changes_between(
     seen: set[str] = set()
     absent: set[str] = set()
     for name, mine, other in pairs:
+        if is_marker(mine.name):
+            continue
         module, _, parameter = name.rpartition(".")
         if not selection.takes(module or name):
             result.left_out.append(name)
@@ -178,7 +180,7 @@ def changes_between(
         result.compared += 1
         kinds = {mine.tensor.dtype, other.tensor.dtype}
         if kinds - FLOATS.keys():
-            if not compare or _same_bytes(mine.tensor, other.tensor):
+            if not compare or same_stored(mine.tensor, other.tensor):
                 result.unchanged += 1
             else:
                 problems.append((name, f"stored as {' and '.join(sorted(kinds))}"))
@@ -244,8 +246,10 @@ def _compared(
     if not compare:
         return [False] * len(differences)
 
+    alike = StoredAlike()
+
     def same(difference: Difference) -> bool:
-        equal = not difference.grown and difference.same()
+        equal = not difference.grown and (_stored_alike(difference, alike) or difference.same())
         for checkpoint in checkpoints:
             checkpoint.release()
         return equal
@@ -257,6 +261,14 @@ def _compared(
                 progress(len(found), len(differences), "comparing")
             found.append(equal)
     return found
+
+
+def _stored_alike(difference: Difference, alike: StoredAlike) -> bool:
+    """Whether the two are the same rows of packed weights with the same bytes."""
+    tuned, base = difference.tuned, difference.base
+    if (tuned.site.operator, tuned.lead, tuned.rows) != (base.site.operator, base.lead, base.rows):
+        return False
+    return alike((tuned.name, base.name), tuned.tensor, base.tensor)
 
 
 def _untabled(
@@ -276,7 +288,7 @@ def _untabled(
         other = base.checkpoint.get(name)
         if other is None or selection.only:
             unseen += 1
-        elif _same_bytes(tensor, other):
+        elif same_stored(tensor, other):
             result.unchanged += 1
         elif any(fnmatch.fnmatchcase(name, pattern) for pattern in selection.exclude):
             result.left_out.append(name)
@@ -291,6 +303,7 @@ def _untabled(
         home
         for home, stored in base.stored.items()
         if stored.name not in seen
+        and not is_marker(stored.name)
         and home.partition(":")[0] in homes
         and stored.tensor.dtype in FLOATS
         and home.removesuffix(".weight") not in wanted
@@ -299,10 +312,3 @@ def _untabled(
     if missing:
         message = f"{len(missing)} tensors of BASE are not in TUNED; an adapter leaves them be"
         result.findings.append(Finding("warning", "only-in-base", message, missing[0]))
-
-
-def _same_bytes(one: LazyTensor, other: LazyTensor) -> bool:
-    if (one.dtype, tuple(one.shape)) != (other.dtype, tuple(other.shape)):
-        return False
-    first, second = (np.frombuffer(side.read(), np.uint8) for side in (one, other))
-    return bool(np.array_equal(first, second))

@@ -37,10 +37,12 @@ from peftsurgery.operations.inputs import DENSE
 from peftsurgery.operations.journal import refuse_pending
 from peftsurgery.operations.lineage import Hashing
 from peftsurgery.operations.merge import check_output
+from peftsurgery.operations.packed_sides import format_of, same_stored
 from peftsurgery.operations.rounding import Survival
 from peftsurgery.operations.side_files import copy_side_files
 from peftsurgery.operations.staging import staged_beside, workers
 from peftsurgery.operations.strengths import Strength, check_used
+from peftsurgery.quantizers import logical
 from peftsurgery.reports import Progress, Report
 
 DTYPES = {"keep": None, "fp32": "F32", "fp16": "F16", "bf16": "BF16"}
@@ -86,6 +88,7 @@ def combine_checkpoints(
     origin = open_checkpoint(base, allow_pickle=allow_pickle)
     refuse_pending(origin)
     check_output(origin, dst, overwrite)
+    _refuse_packed(origin, tuned)
     for checkpoint, strength in zip(tuned, strengths, strict=True):
         if dst.resolve() in {p.resolve() for p in (*checkpoint.files, checkpoint.path)}:
             raise UsageError(f"{dst}: is an input. Give another output path.")
@@ -130,6 +133,23 @@ def combine_checkpoints(
 
 
 # checks -------------------------------------------------------------------------------------------
+
+
+def _refuse_packed(base: Checkpoint, tuned: Sequence[Checkpoint]) -> None:
+    """UnsupportedError for a packed weight that is not stored alike everywhere."""
+    sides = [logical(checkpoint) for checkpoint in (base, *tuned)]
+    for side in sides:
+        for name, tensor in side.items():
+            title = format_of(tensor)
+            if title is None:
+                continue
+            alike = (other.get(name) for other in sides)
+            if not all(other is not None and same_stored(tensor, other) for other in alike):
+                raise UnsupportedError(
+                    f"{side.source}: {name!r} is packed ({title}) and not the same everywhere; "
+                    "checkpoints are combined unpacked. Run peftsurgery dequantize on every packed "
+                    "one first, and peftsurgery quantize on the result."
+                )
 
 
 def _check_same(base: Checkpoint, tuned: Checkpoint) -> None:

@@ -18,7 +18,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -115,6 +115,9 @@ class Comparison:
                 setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
+ComparisonType = TypeVar("ComparisonType", bound=Comparison)
+
+
 def compare(stages: Sequence[Tensor], found: Tensor, dtype: str) -> Comparison:
     """Compare rows of a file with W_0 = W, W_1, …, W_n = W' = `stages`, all (rows, columns).
 
@@ -125,7 +128,6 @@ def compare(stages: Sequence[Tensor], found: Tensor, dtype: str) -> Comparison:
     nearest, unmoved = exact.to(kind), before.to(kind)
     delta = exact - before
     value = found.float()
-    error = value - exact
     allowed = SLACK * torch.maximum(exact.abs(), before.abs()).maximum(
         delta.abs().amax(dim=1, keepdim=True)
     )
@@ -133,12 +135,28 @@ def compare(stages: Sequence[Tensor], found: Tensor, dtype: str) -> Comparison:
         allowed += ulp(
             torch.maximum(first.abs(), second.abs()).maximum((second - first).abs()), dtype
         )
+    return measured(Comparison, before, exact, value, (nearest, unmoved), allowed)
+
+
+def measured(
+    kind: type[ComparisonType],
+    before: Tensor,
+    exact: Tensor,
+    value: Tensor,
+    rounded: tuple[Tensor, Tensor],
+    allowed: Tensor,
+) -> ComparisonType:
+    """The sums over some rows. rounded: the nearest values to `exact` and to `before`; allowed: the
+    tolerance. All (rows, columns) and fp32, but for `rounded`, which may be in its number type.
+    """
+    nearest, unmoved = rounded
+    delta, error = exact - before, value - exact
     ratio = (error.abs() / allowed).nan_to_num(math.inf, math.inf)
-    right = found == nearest
+    right = value == nearest
     moved = nearest != unmoved
     change = (value - before).nan_to_num(0.0, 0.0, 0.0).double()
     delta, error = delta.double(), error.nan_to_num(0.0, 0.0, 0.0).double()
-    return Comparison(
+    return kind(
         exact.numel(),
         int((~right).sum()),
         int((ratio > 1).sum()),

@@ -49,7 +49,7 @@ def factors(target: Target, result: Comparison, found: Found, relative_to: str) 
     matrix = torch.stack(columns, 1)
     solution = torch.linalg.lstsq(matrix, change[:, None]).solution[:, 0]
     rest = torch.linalg.vector_norm(change - matrix @ solution)
-    if rest > FITS * torch.linalg.vector_norm(matrix):
+    if found.packed is None and rest > FITS * torch.linalg.vector_norm(matrix):
         return None
     return {i: (float(f), margin) for i, f in zip(indices, solution, strict=True)}
 

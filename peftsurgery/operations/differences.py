@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from peftsurgery.codec import BaseWeights
-from peftsurgery.codec.bases import Stored, flat_rows
+from peftsurgery.codec.bases import Stored
 from peftsurgery.codec.experts import HALVES
+from peftsurgery.operations.apply import plain_dtype
 
 TILE = 1 << 18  # elements of a row tile: it stays in the cache until it has been multiplied
 LEAST_ROWS = 64  # of a tile, up to four times that size: thinner products are slow
@@ -27,6 +28,8 @@ FLOATS = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
 
 
@@ -57,8 +60,11 @@ class Difference:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Number type of TUNED's tensor."""
-        return FLOATS[self.tuned.tensor.dtype]
+        """Number type of TUNED's tensor; of a packed weight, and of 8-bit floats, the one it is
+        computed in.
+        """
+        kind = FLOATS[plain_dtype(self.tuned.tensor)]
+        return torch.bfloat16 if kind.itemsize == 1 else kind
 
     def tiles(self) -> Iterator[tuple[int, Tensor]]:
         """(first row, TUNED - BASE of some rows (rows, columns) in fp32); see `RowTiles.tiles`.
@@ -80,9 +86,10 @@ class Difference:
     def same(self) -> bool:
         """Whether nothing was tuned: equal values, NaN at the same places included, or, where BASE
         has the wider number type, BASE rounded to that of TUNED."""
-        wide = torch.finfo(FLOATS[self.base.tensor.dtype]).bits > torch.finfo(self.dtype).bits
+        kinds = FLOATS[self.tuned.tensor.dtype], FLOATS[self.base.tensor.dtype]
+        wide = torch.finfo(kinds[1]).bits > torch.finfo(kinds[0]).bits
         for _, tuned, base in self._pairs():
-            other = base.to(tuned.dtype) if wide else base
+            other = base.to(kinds[0]).to(tuned.dtype) if wide else base
             if not torch.equal(tuned, other):
                 equal = (tuned == other) | ((tuned != tuned) & (other != other))
                 if not bool(equal.all()):
@@ -110,8 +117,11 @@ class Difference:
         step = max(1, TILE // columns, min(LEAST_ROWS, 4 * TILE // columns))
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            tuned = home_rows(self.tuned, start, stop)
-            yield start, tuned, home_rows(self.base, start, stop)
+            yield (
+                start,
+                _wide(home_rows(self.tuned, start, stop)),
+                _wide(home_rows(self.base, start, stop)),
+            )
 
 
 @dataclass(frozen=True)
@@ -162,6 +172,11 @@ class Stack:
         return whole.reshape(self.shape)
 
 
+def _wide(rows: Tensor) -> Tensor:
+    """8-bit floats as fp32: torch compares none of them."""
+    return rows.float() if rows.dtype.itemsize == 1 else rows
+
+
 def home_rows(stored: Stored, start: int, stop: int) -> Tensor:
     """Rows [start, stop) of a home tensor as a matrix, in its stored number type."""
     operator = stored.site.operator
@@ -170,7 +185,7 @@ def home_rows(stored: Stored, start: int, stop: int) -> Tensor:
     if operator == "transpose":
         return stored.tensor.torch().T[start:stop].reshape(stop - start, -1)
     first = stored.rows[0]
-    rows = flat_rows(stored.tensor, stored.lead)
+    rows = stored.tensor.flattened(stored.lead)
     if operator != "swap_halves":
         return rows.rows(first + start, first + stop).torch().reshape(stop - start, -1)
     count = stored.shape[0]

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from peftsurgery import architectures
 from peftsurgery.adapter import Adapter
-from peftsurgery.checkpoint import Checkpoint, open_checkpoint
+from peftsurgery.checkpoint import Checkpoint, LazyTensor, open_checkpoint
 from peftsurgery.codec import BaseWeights
-from peftsurgery.errors import CheckFailed, Finding, UnsupportedError, UsageError
+from peftsurgery.errors import CheckFailed, Finding, UsageError
 from peftsurgery.layouts import layout_named
 from peftsurgery.linalg import RankRule
 from peftsurgery.operations.changes import Changes, Selection, changes_between, family_of_both
@@ -22,6 +22,7 @@ from peftsurgery.operations.extract_proof import Fidelity, measured
 from peftsurgery.operations.inputs import OPEN
 from peftsurgery.operations.journal import refuse_pending
 from peftsurgery.operations.lineage import Hashing
+from peftsurgery.operations.packed_sides import format_of, quantization_in_it, unpacked
 from peftsurgery.operations.projecting import (
     ALGORITHMS,
     Job,
@@ -45,6 +46,7 @@ from peftsurgery.operations.writing_adapter import (
     summarise,
     write_proved,
 )
+from peftsurgery.quantizers import logical
 from peftsurgery.reports import Progress, Report
 from peftsurgery.reports.base import Row
 
@@ -86,7 +88,9 @@ def extract(
     the second factor; `factor` cuts the sides as LyCORIS does, None chooses the most exact cut of
     each weight with as many numbers, which takes a dozen times as long), "full" (exact). to: the
     layout; None is peft for language models and kohya for the rest. only: components; targets,
-    exclude: patterns of module paths. dtype: of the factors, "keep" that of TUNED. See `peftsurgery
+    exclude: patterns of module paths. dtype: of the factors, "keep" that of TUNED, of a packed
+    TUNED the one its weights are computed in. Packed weights of either side are compared as what
+    they stand for; those with the same bytes on both sides are not even unpacked. See `peftsurgery
     extract --help`.
 
     Raises CheckFailed when nothing differs, when a tensor holds NaN or Inf, or when the written
@@ -103,15 +107,13 @@ def extract(
         raise UsageError("--algorithm full is exact and has no rank; leave --rank out.")
     rule = None if rank is None else RankRule.parse(rank)
     dst = Path(dst)
-    sides = [open_checkpoint(side, allow_pickle=allow_pickle) for side in (tuned, base)]
+    sides = [logical(open_checkpoint(side, allow_pickle=allow_pickle)) for side in (tuned, base)]
     for side in sides:
         refuse_pending(side)
     name = architecture or family_of_both(sides[0], sides[1])
     to = to or ("peft" if name in OPEN else "kohya")
     check_target(sides, dst, to=to, overwrite=overwrite)
     weights = [BaseWeights(side, architectures.get(name)) for side in sides]
-    for side in sides:
-        _require_dense(side)
     kind = None if dtype == "keep" else DTYPES[dtype]
     wanted = Wanted(layout_named(to), algorithm, rule, factor, kind, seed)
     check_algorithm(wanted)
@@ -122,6 +124,7 @@ def extract(
     )
     report = ExtractReport("extract")
     _account(report, changes)
+    _unpacking(report, changes, sides, compared=not dry_run)
     found = jobs(changes.modules, changes.tied, weights[1], wanted.layout)
     if not found:
         raise CheckFailed(
@@ -161,16 +164,6 @@ def extract(
         progress=progress,
     )
     return report
-
-
-def _require_dense(checkpoint: Checkpoint) -> None:
-    quantized = (checkpoint.config or {}).get("quantization_config")
-    if quantized:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        raise UnsupportedError(
-            f"{checkpoint.source}: is quantized ({method}); this version extracts from fp64, fp32, "
-            "fp16 and bf16 weights. Give the unquantized checkpoint."
-        )
 
 
 def _adapter(projected: Sequence[Projected], base: BaseWeights, name: str | Path) -> Adapter:
@@ -227,6 +220,22 @@ def _account(report: ExtractReport, changes: Changes) -> None:
                 report.findings.append(Finding("info", "new-shape", message, difference.name))
 
 
+def _unpacking(
+    report: ExtractReport, changes: Changes, sides: Sequence[Checkpoint], *, compared: bool
+) -> None:
+    """What is unpacked, and what packing leaves in the difference; where nothing was compared, only
+    what it leaves in every pair.
+    """
+    for name, side in zip(("TUNED", "BASE"), sides, strict=True):
+        what = unpacked(side)
+        if what is not None:
+            report.summary[f"unpacked of {name}"] = what
+    differing = [d for change in changes.modules.values() for d in change.differing.values()]
+    pairs = ((d.name, d.tuned.tensor, d.base.tensor) for d in differing)
+    found = quantization_in_it(pairs)
+    report.findings.extend(f for f in found if compared or f.level == "warning")
+
+
 def _planned(report: ExtractReport, changes: Changes, outline: Adapter, to: str) -> ExtractReport:
     encoded = encode_as(outline, to)
     summarise(report, outline, encoded, to=to)
@@ -238,8 +247,8 @@ def _planned(report: ExtractReport, changes: Changes, outline: Adapter, to: str)
                 {
                     "tensor": difference.name,
                     "shape": "x".join(map(str, difference.shape)),
-                    "in TUNED": f"{difference.tuned.name} ({difference.tuned.tensor.dtype})",
-                    "in BASE": f"{difference.base.name} ({difference.base.tensor.dtype})",
+                    "in TUNED": f"{difference.tuned.name} ({_kind(difference.tuned.tensor)})",
+                    "in BASE": f"{difference.base.name} ({_kind(difference.base.tensor)})",
                 }
             )
     report.tables["pairs"] = rows
@@ -247,6 +256,10 @@ def _planned(report: ExtractReport, changes: Changes, outline: Adapter, to: str)
     report.findings.append(Finding("info", "not-compared", message))
     report.summary["written"] = "nothing (--dry-run)"
     return report
+
+
+def _kind(tensor: LazyTensor) -> str:
+    return format_of(tensor) or tensor.dtype
 
 
 def _fill(report: ExtractReport, fidelity: Sequence[Fidelity]) -> None:

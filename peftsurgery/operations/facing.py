@@ -19,6 +19,9 @@ from peftsurgery.codec import BaseWeights
 from peftsurgery.codec.bases import Stored
 from peftsurgery.codec.experts import HALVES
 from peftsurgery.errors import UsageError
+from peftsurgery.operations.apply import plain_dtype
+from peftsurgery.operations.packed_sides import format_of, same_stored
+from peftsurgery.quantizers import Packed, PackedTensor, is_marker
 
 _STACK = re.compile(r"(?P<experts>.+\.experts)\.(?P<leaf>gate_up_proj|down_proj)")
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
@@ -34,6 +37,15 @@ class Found:
     shape: tuple[int, ...]
     stored: LazyTensor | None
     whole: Tensor | None = None
+    unpacked: bool = False  # put together from packed parts, of whose steps nothing is known
+
+    @property
+    def packed(self) -> Packed | None:
+        """The packed weight that is stored so; None for plain numbers, in GGUF files too."""
+        if self.stored is None or format_of(self.stored) is None:
+            return None
+        assert isinstance(self.stored, PackedTensor)
+        return self.stored.packed
 
     def reshapes(self, shape: tuple[int, ...]) -> bool:
         """Whether it is the same weight up to dimensions of one (a linear layer as a 1x1
@@ -59,11 +71,14 @@ class Found:
 
     def holds(self, base: LazyTensor) -> bool:
         """Whether it is the base's tensor, rounded to nearest where the number type differs; NaN
-        equals NaN.
+        equals NaN. A packed one by the bytes of its parts, or by what they stand for.
         """
         if not self.reshapes(tuple(base.shape)):
             return False
-        if self.stored is not None and self.dtype == base.dtype:
+        if isinstance(self.stored, PackedTensor):
+            if same_stored(self.stored, base):
+                return True
+        elif self.stored is not None and self.dtype == base.dtype:
             first, second = (np.frombuffer(t.read(), np.uint8) for t in (self.stored, base))
             return bool(np.array_equal(first, second))
         if (self.dtype in FLOATS) != (base.dtype in FLOATS):
@@ -76,6 +91,11 @@ class Found:
             same = (found == expected) | ((found != found) & (expected != expected))
             return bool(same.all())
         return torch.equal(expected.long(), self.tensor().reshape(expected.shape).long())
+
+
+def _computed(tensor: LazyTensor) -> str:
+    """The number type that a tensor's values are rounded to; packed ones are to none."""
+    return "F32" if format_of(tensor) is not None else plain_dtype(tensor)
 
 
 class Facing:
@@ -106,7 +126,8 @@ class Facing:
         """Number types of the merged checkpoint, most frequent bytes first."""
         sizes: dict[str, int] = {}
         for tensor in self.merged.values():
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+            kind = format_of(tensor) or plain_dtype(tensor)
+            sizes[kind] = sizes.get(kind, 0) + tensor.nbytes
         return sorted(sizes, key=lambda dtype: -sizes[dtype])
 
     def find(self, name: str) -> Found | None:
@@ -116,7 +137,7 @@ class Facing:
         if name in self.merged:
             self.used.add(name)
             tensor = self.merged[name]
-            return Found(tensor.dtype, tuple(tensor.shape), tensor)
+            return Found(_computed(tensor), tuple(tensor.shape), tensor)
         mine = sorted(self.parts.get(name, ()), key=lambda item: item[1].rows)
         found = self._all([home for home, _ in mine])
         if not found and mine:
@@ -156,7 +177,7 @@ class Facing:
         same_row = len(found) == 1 and found[0].site.operator is None and operator is None
         if same_row and found[0].span is None and len(found[0].site.parts) == 1:
             tensor = found[0].tensor
-            return Found(tensor.dtype, tuple(tensor.shape), tensor)
+            return Found(_computed(tensor), tuple(tensor.shape), tensor)
         pieces = [part.load() for part in found]
         if len({piece.dtype for piece in pieces}) > 1:
             return None
@@ -172,7 +193,9 @@ class Facing:
         shape = tuple(self.base.checkpoint[mine[0].name].shape)
         if whole.numel() == math.prod(shape):
             whole = whole.reshape(shape)
-        return Found(found[0].tensor.dtype, tuple(whole.shape), None, whole)
+        unpacked = any(format_of(part.tensor) is not None for part in found)
+        dtype = "F32" if unpacked else _computed(found[0].tensor)
+        return Found(dtype, tuple(whole.shape), None, whole, unpacked)
 
 
 def leftovers(
@@ -189,6 +212,8 @@ def leftovers(
     unseen: list[str] = []
     components = {home.partition(":")[0] for home in facing.homes}
     for name in missing:
+        if is_marker(name):
+            continue
         tensor = base[name]
         homes = [home for home, _ in facing.parts.get(name, ())]
         absent = bool(homes) and not any(home.partition(":")[0] in components for home in homes)
@@ -205,7 +230,7 @@ def leftovers(
         homes_of.setdefault(stored.name, set()).add(home.partition(":")[0])
     extra: list[str] = []
     for name in merged:
-        if name in facing.used:
+        if name in facing.used or is_marker(name):
             continue
         tensor = merged[name]
         elsewhere = name in homes_of and not homes_of[name] & known

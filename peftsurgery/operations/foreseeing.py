@@ -11,18 +11,19 @@ from torch import Tensor
 
 from peftsurgery.checkpoint.dtypes import torch_dtype
 from peftsurgery.errors import CheckFailed, UsageError
-from peftsurgery.operations.apply import Scratch, Settings, output_dtype
+from peftsurgery.operations.apply import SAMPLED, Scratch, Settings, output_dtype
 from peftsurgery.operations.grams import Grams
+from peftsurgery.operations.pipeline import SAMPLE
 from peftsurgery.operations.plan import MergePlan, Target
 from peftsurgery.operations.requant import Requant
-from peftsurgery.operations.requantizing import Order, Repacker, survival
-from peftsurgery.operations.rounding import Survival
+from peftsurgery.operations.requantizing import Order, Repacker
 from peftsurgery.operations.staging import workers
 from peftsurgery.quantizers import PackedTensor
+from peftsurgery.quantizers.rounding import Subspace
+from peftsurgery.quantizers.surviving import ENOUGH, Survival, survival
 from peftsurgery.reports.base import Row
 
-ROWS = 64  # of each weight
-ENOUGH = 0.98  # nearest rounding, which adds the least noise, is taken where it keeps so much
+ROWS = 32  # of each weight
 OUTSIDE = 1e-3  # of the values: more cannot be written with the scales there are
 TRIED = ("nearest", "subspace", "stochastic")
 
@@ -39,16 +40,16 @@ class Forecast:
 
 def foresee(
     target: Target, settings: Settings, order: Order, scratch: Scratch | None = None
-) -> dict[str, Survival]:
+) -> tuple[dict[str, Survival], Subspace | None]:
     """Every rounding of TRIED, that of `order` and "dequant" on the middle rows of one target, as
-    sums over the whole weight.
+    sums over the whole weight; with the error feedback that was set up for it.
     """
     repacker = Repacker(target, settings, order, scratch)
     packed, count = repacker.packed, repacker.packed.rows
     per = count // repacker.slabs
     start = repacker.slabs // 2 * per + max(0, (per - ROWS) // 2)
     stop = min(start + ROWS, (repacker.slabs // 2 + 1) * per)
-    matrix, change = repacker.part(start, stop)
+    matrix, change = repacker.part(start, stop, tiled=False)
     grid, codes = packed.format.grid(packed, start, stop)
     before, rows = grid.values(codes), slice(start, stop)
     if grid.outside(matrix[rows]) > OUTSIDE:  # other scales will be needed
@@ -57,13 +58,13 @@ def foresee(
     found: dict[str, Survival] = {}
     for rounding in dict.fromkeys((*TRIED, order.rounding)):
         repacker.order = replace(order, rounding=rounding)
-        chosen = repacker.codes(start, grid, matrix, change, codes)
+        chosen = repacker.codes(start, stop, grid, matrix, change, codes)
         found[rounding] = survival(matrix[rows], change[rows], before, grid.values(chosen))
     plain = matrix[rows].to(torch_dtype(output_dtype(target, settings))).float()
     found["dequant"] = survival(matrix[rows], change[rows], matrix[rows] - change[rows], plain)
     for item in found.values():
         item.scale(count / (stop - start))
-    return found
+    return found, repacker.known_feedback
 
 
 def choose(shares: Mapping[str, Survival], rounding: str) -> str:
@@ -93,18 +94,23 @@ def forecast(
         target.name: _order(target, settings, requant, originals, grams) for target in targets
     }
 
-    def one(target: Target) -> Forecast:
+    def one(target: Target) -> tuple[Forecast, Subspace | None]:
         assert isinstance(target.tensor, PackedTensor)
-        shares = foresee(target, settings, orders[target.name], scratch)
+        shares, fed = foresee(target, settings, orders[target.name], scratch)
         rounding = settings.rounding
         if rounding == "auto" and requant.mode in ("from-original", "residual"):
             rounding = "nearest"  # a fresh rounding carries the change; the residual, what is lost
         chosen = choose(shares, rounding)
-        return Forecast(target.name, target.tensor.packed.format.name, shares, chosen)
+        return Forecast(target.name, target.tensor.packed.format.name, shares, chosen), fed
 
+    sample = SAMPLE if sum(target.numel for target in targets) > SAMPLED else 1
     with workers() as pool:
-        found = list(pool.map(one, targets))
-    return found, {f.name: replace(orders[f.name], rounding=f.chosen) for f in found}
+        both = list(pool.map(one, targets))
+    found = [item for item, _ in both]
+    return found, {
+        item.name: replace(orders[item.name], rounding=item.chosen, feedback=fed, sample=sample)
+        for item, fed in both
+    }
 
 
 def _order(

@@ -1,7 +1,7 @@
 """inspect: what a file is, from headers alone; norms on request; coverage against a base.
 
-Nothing here needs torch unless norms are asked for: an adapter of any size is described in a
-fraction of a second.
+Nothing here needs torch unless norms are asked for, or a base, or the file holds packed weights: an
+adapter of any size is described in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from peftsurgery import architectures
 from peftsurgery.checkpoint import Checkpoint, open_checkpoint
+from peftsurgery.checkpoint.gguf import GGUFCheckpoint
 from peftsurgery.codec.conventions import Conventions
 from peftsurgery.codec.detect import AmbiguousArchitecture, Explanation
 from peftsurgery.codec.explaining import explain_checkpoint, open_adapter
@@ -22,6 +23,7 @@ from peftsurgery.codec.keys import Record, parse, rank_and_shape
 from peftsurgery.codec.labelling import label
 from peftsurgery.codec.resolving import Placement
 from peftsurgery.errors import Finding, UsageError
+from peftsurgery.operations.inspect_gguf import describe_gguf
 from peftsurgery.operations.programs import programs
 from peftsurgery.reports import Report, Row
 
@@ -45,7 +47,8 @@ def inspect(
     norms: bool = False,
 ) -> InspectReport:
     """Describe an adapter: layout, architecture, algorithm, rank and scale per module, and who will
-    load it.
+    load it. Of a GGUF file: its architecture, types and tensors. Of a checkpoint with packed
+    weights: formats, bits per weight, and what stays plain.
 
     norms: read the factors and add ||ΔW||_F per module and the energy (its square) per block. base:
     a checkpoint; the report then says which modules it covers.
@@ -54,7 +57,17 @@ def inspect(
     does not handle.
     """
     checkpoint = open_adapter(path, allow_pickle=allow_pickle)
-    explanation, others = _explain(checkpoint, base, architecture)
+    if isinstance(checkpoint, GGUFCheckpoint):
+        report = InspectReport("inspect", layout="gguf", architecture=checkpoint.architecture)
+        describe_gguf(report, checkpoint)
+        return report
+    try:
+        explanation, others = _explain(checkpoint, base, architecture)
+    except UsageError:
+        described = None if norms or base is not None else _packed(checkpoint)
+        if described is None:
+            raise
+        return described
     conventions = Conventions(checkpoint, explanation)
     rows = [
         _row(checkpoint, conventions, record, explanation.placements[module])
@@ -94,6 +107,17 @@ def inspect(
     return report
 
 
+def _packed(checkpoint: Checkpoint) -> InspectReport | None:
+    """What a checkpoint with packed weights holds; None for one without, and for adapters."""
+    records = parse(checkpoint, checkpoint.source).records.values()
+    if any(record.algorithm != "set" for record in records):
+        return None
+    from peftsurgery.operations.inspect_packed import describe
+
+    report = InspectReport("inspect")
+    return report if describe(checkpoint, report) else None
+
+
 def _explain(
     checkpoint: Checkpoint, base: str | Path | None, architecture: str | None
 ) -> tuple[Explanation, list[Explanation]]:
@@ -101,7 +125,7 @@ def _explain(
     if base is not None:
         from peftsurgery.codec.bases import base_names
 
-        known = base_names(open_checkpoint(base))
+        known = base_names(_opened(base))
     try:
         return explain_checkpoint(checkpoint, architecture=architecture, known=known), []
     except AmbiguousArchitecture as error:
@@ -317,13 +341,20 @@ def _members(component: str, inner: str) -> set[str]:
     return {f"{component}:{part}" for part in architectures.expand(inner)}
 
 
+def _opened(base: str | Path) -> Checkpoint:
+    """The base with the names of its model, whatever it is packed in."""
+    from peftsurgery.quantizers import logical
+
+    return logical(open_checkpoint(base))
+
+
 def _coverage(
     report: InspectReport, base: str | Path, explanation: Explanation, rows: list[Row]
 ) -> list[Row]:
     """Which modules of the adapter the base has, and how much of the base they cover."""
     from peftsurgery.codec.bases import BaseWeights
 
-    weights = BaseWeights(open_checkpoint(base), explanation.architecture)
+    weights = BaseWeights(_opened(base), explanation.architecture)
     missing: list[str] = []
     found: Counter[str] = Counter()
     wanted: Counter[str] = Counter()

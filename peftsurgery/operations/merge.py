@@ -31,7 +31,7 @@ from peftsurgery.operations.merge_report import (
     plan_rows,
     report_survival,
 )
-from peftsurgery.operations.merge_writing import Source, Written, write_merged
+from peftsurgery.operations.merge_writing import Source, Written, check_container, write_merged
 from peftsurgery.operations.repack import Repack
 from peftsurgery.operations.requant import ROUNDINGS, Requant, parse
 from peftsurgery.operations.staging import staged_beside
@@ -125,6 +125,7 @@ def merge(
         )
     dst = Path(dst)
     check_output(checkpoint, dst, overwrite)
+    check_container(checkpoint, dst, settings)
     describe(report, inputs, settings)
     repack.predict(report, dst, overwrite=overwrite)
     if dry_run:

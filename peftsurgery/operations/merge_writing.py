@@ -12,10 +12,19 @@ import torch
 from torch import Tensor
 
 from peftsurgery import __version__
-from peftsurgery.checkpoint import Checkpoint, Deferred, LazyTensor, save, serialized_header
+from peftsurgery.checkpoint import (
+    Checkpoint,
+    Deferred,
+    LazyTensor,
+    open_checkpoint,
+    save,
+    serialized_header,
+)
 from peftsurgery.checkpoint.dtypes import torch_dtype
+from peftsurgery.checkpoint.gguf import GGUFCheckpoint
+from peftsurgery.checkpoint.gguf_saving import save_gguf
 from peftsurgery.checkpoint.writing import Joint
-from peftsurgery.errors import CheckFailed
+from peftsurgery.errors import CheckFailed, UsageError
 from peftsurgery.operations.apply import TILE, Settings, Survival, is_repacked, output_dtype
 from peftsurgery.operations.merge_proof import written_dtype
 from peftsurgery.operations.pipeline import Pipeline
@@ -23,9 +32,8 @@ from peftsurgery.operations.plan import Target
 from peftsurgery.operations.repacking import Repacking
 from peftsurgery.operations.requantizing import Order
 from peftsurgery.operations.side_files import copy_side_files
-from peftsurgery.quantizers import PackedTensor, is_marker
+from peftsurgery.quantizers import PackedCheckpoint, PackedTensor, is_marker
 from peftsurgery.reports import Progress
-
 
 PACKING_KEYS = ("_quantization_metadata",)  # of the file, on its packed weights (ComfyUI)
 
@@ -102,12 +110,35 @@ def write_merged(
             tensors = {
                 place.tensor.name: _value(place, pipeline, repacking, joints) for place in places
             }
-            save(file, tensors, _metadata(source, settings))
+            if (stored := stored_gguf(base, settings)) is not None:
+                save_gguf(file, stored, tensors)
+            else:
+                save(file, tensors, _metadata(source, path, settings))
         written = Written({**pipeline.survival, **repacking.survival}, repacking.digests)
     if staged.is_dir():
         plain = settings.requant == "dequant"
         copy_side_files(base, staged, config=source.config, dtype=settings.dtype, dequantized=plain)
     return written
+
+
+def stored_gguf(base: Checkpoint, settings: Settings) -> GGUFCheckpoint | None:
+    """The GGUF file of the base, when it is to be written again as one."""
+    stored = base.stored if isinstance(base, PackedCheckpoint) else base
+    keeps = isinstance(stored, GGUFCheckpoint) and settings.requant == "same"
+    return stored if keeps else None  # pyright: ignore[reportReturnType]
+
+
+def check_container(base: Checkpoint, dst: Path, settings: Settings) -> None:
+    """Refuse a name that says another container than will be written: a GGUF file stays one unless
+    it is unpacked, and nothing else becomes one.
+    """
+    if (stored_gguf(base, settings) is not None) == (dst.suffix.lower() == ".gguf"):
+        return
+    if base.kind != "gguf":
+        raise UsageError(f"{dst}: GGUF files are only made of GGUF files; name it .safetensors.")
+    raise UsageError(
+        f"{dst}: a GGUF base is written as .gguf, with --requant dequant as .safetensors."
+    )
 
 
 def _places(source: Source, settings: Settings) -> dict[Path, list[Place]]:
@@ -213,9 +244,11 @@ def cast(tensor: LazyTensor, dtype: str) -> Iterator[torch.Tensor]:
         yield result
 
 
-def _metadata(source: Source, settings: Settings) -> dict[str, str]:
+def _metadata(source: Source, path: Path, settings: Settings) -> dict[str, str]:
     base = source.checkpoint
     known = dict(base.metadata) if len(base.files) == 1 else {"format": "pt"}
+    if isinstance(base, PackedCheckpoint) and len(base.files) > 1:  # it may say how to unpack
+        known |= open_checkpoint(path).metadata
     if settings.requant == "dequant":
         known = {key: text for key, text in known.items() if key not in PACKING_KEYS}
     return {**known, "peftsurgery.version": __version__, **source.metadata}

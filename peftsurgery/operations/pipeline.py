@@ -13,7 +13,7 @@ from torch import Tensor
 from peftsurgery.operations.apply import SAMPLED, Renderer, Scratch, Settings, spans
 from peftsurgery.operations.plan import Target
 from peftsurgery.operations.rounding import Survival
-from peftsurgery.operations.staging import workers
+from peftsurgery.operations.staging import thread_count, workers
 
 SAMPLE = 16  # of larger merges survival is estimated from one in so many rows
 AHEAD = 4  # tiles per thread that are under way or wait for the disk
@@ -31,7 +31,7 @@ class Pipeline:
         self.settings = settings
         self.survival: dict[str, Survival] = {}
         self.progress = progress
-        self._threads = torch.get_num_threads()
+        self._threads = thread_count()
         self._exit = contextlib.ExitStack()
         self._sample = 1 if sum(t.numel for t in targets) <= SAMPLED else SAMPLE
         self._tiles = self._all(targets)

@@ -139,7 +139,11 @@ def quantize(
                     tensors[checkpoint[name].name] = checkpoint[name]
             here = [jobs[name] for name in names if name in jobs]
             tensors |= {_own(name): mark for name, mark in fmt.markers(here).items()}
-            save(_place(checkpoint, staged, path), tensors, _metadata(checkpoint, fmt.name))
+            near = [n for n, t in checkpoint.items() if t.path.parent == path.parent]
+            whole = [jobs[name] for name in near if name in jobs]  # loaders take the last shard's
+            others = [_own(name) for name in near if name not in jobs]
+            about = {**_metadata(checkpoint, fmt.name), **fmt.metadata(whole, others)}
+            save(_place(checkpoint, staged, path), tensors, about)
         if staged.is_dir():
             copy_side_files(checkpoint, staged, config=config)
         _prove(checkpoint, jobs, staged, made)

@@ -22,10 +22,11 @@ from peftsurgery.operations.grams import Grams
 from peftsurgery.operations.inputs import OPEN, Inputs
 from peftsurgery.operations.merge_report import MergeReport
 from peftsurgery.operations.plan import Target, plan_merge
-from peftsurgery.operations.requant import MIN_SURVIVAL, Requant
+from peftsurgery.operations.requant import Requant
 from peftsurgery.operations.requantizing import Order
 from peftsurgery.operations.residual import Residual
 from peftsurgery.quantizers import PackedTensor
+from peftsurgery.quantizers.surviving import MIN_SURVIVAL
 
 
 class Repack:

@@ -8,7 +8,6 @@ from peftsurgery.errors import UsageError
 
 MODES = ("auto", "same", "dequant", "from-original", "residual")
 ROUNDINGS = ("auto", "nearest", "stochastic", "subspace", "gptq")
-MIN_SURVIVAL = 0.9  # of a merge into packed weights, unless the user says otherwise
 
 
 @dataclass(frozen=True)

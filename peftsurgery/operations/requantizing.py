@@ -4,8 +4,10 @@ codes, and what survived.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,12 +17,10 @@ from peftsurgery.checkpoint import LazyTensor
 from peftsurgery.errors import CheckFailed
 from peftsurgery.operations.apply import TILE, Renderer, Scratch, Settings, spans
 from peftsurgery.operations.plan import Target
-from peftsurgery.operations.rounding import Survival, generator
+from peftsurgery.operations.rounding import generator
 from peftsurgery.quantizers import Grid, Packed, PackedTensor, nearest
-from peftsurgery.quantizers.rounding import feedback, feedback_factor, stochastic, subspace
-
-DIRECTIONS = 64  # input directions of a change whose factors are not at hand
-SAFE = 1e-6  # of the largest: directions below are noise of the factors
+from peftsurgery.quantizers.rounding import Subspace, feedback, feedback_factor, stochastic
+from peftsurgery.quantizers.surviving import Survival, directions, row_space, survival
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Order:
     rounding: str  # nearest, stochastic, subspace or gptq
     gram: Callable[[], Tensor] | None = None  # (columns, columns), for gptq
     original: LazyTensor | None = None  # the unquantized weight; None: the packed one
+    feedback: Subspace | None = None  # of the down factors, where it is known already
+    sample: int = 1  # survival is measured on one in so many rows
 
 
 @dataclass(frozen=True)
@@ -62,38 +64,62 @@ class Repacker:
     def whole(self, *, keep_lost: bool = False) -> Repacked:
         """Every row. Raises CheckFailed when the merge gives NaN or infinity."""
         matrix, change = self.matrices()
-        if not bool(torch.isfinite(matrix).all()):
+        if not math.isfinite(float(matrix.sum())):
             raise CheckFailed(
                 f"{self.target.name!r}: the merge gives NaN or Inf; nothing was kept. Look at "
                 "the adapters with inspect --norms."
             )
         grid, parts = self.format.fit(self.packed, matrix)
-        old, previous = self.format.grid(self.packed, 0, self.packed.rows)
-        codes = torch.empty_like(previous)  # the former may lie in the file's own pages
+        previous = self._previous()
+        codes = torch.empty(matrix.shape, dtype=grid.book.dtype)
         total = Survival()
         lost = torch.empty_like(matrix) if keep_lost else None
         for start, stop in self.chunks():
             rows = slice(start, stop)
-            before = old.rows(start, stop).values(previous[rows])
-            chosen = self.codes(start, grid.rows(start, stop), matrix, change, previous[rows])
-            written = grid.rows(start, stop).values(chosen)
-            total.add(survival(matrix[rows], change[rows], before, written))
-            codes[rows] = chosen
+            part, old = grid.rows(start, stop), None if previous is None else previous[rows]
+            codes[rows] = chosen = self.codes(start, stop, part, matrix, change, old)
+            total.add(self._survival(slice(start, stop), part, chosen, matrix, change))
             if lost is not None:
-                torch.sub(matrix[rows], written, out=lost[rows])
-        parts |= self.format.pack(self.packed, codes)
+                torch.sub(matrix[rows], part.values(chosen), out=lost[rows])
+        parts = self.format.join(parts, self.format.pack(self.packed, codes))
         if lost is None:
             return Repacked(parts, total)
         return Repacked(parts, total, *(self._weight(tensor) for tensor in (lost, change)))
 
+    def _previous(self) -> Tensor | None:
+        """The codes there are, where the rounding has use for them."""
+        if self.order.rounding != "nearest":
+            return None
+        return self.format.grid(self.packed, 0, self.packed.rows)[1]
+
+    def _survival(
+        self, rows: slice, grid: Grid, codes: Tensor, matrix: Tensor, change: Tensor
+    ) -> Survival:
+        """What survives in some rows, from every `sample`th of them."""
+        some = slice(rows.start, rows.stop, self.order.sample)
+        part = grid if self.order.sample == 1 else grid.every(self.order.sample)
+        wanted, delta = matrix[some], change[some]
+        if self.order.original is None:
+            before = wanted - delta
+        else:
+            held, known = self.format.grid(self.packed, rows.start, rows.stop)
+            before = held.values(known)[:: self.order.sample]
+        found = survival(wanted, delta, before, part.values(codes[:: self.order.sample]))
+        found.scale(len(codes) / len(wanted))
+        return found
+
     def _weight(self, matrix: Tensor) -> Tensor:
         return self.format.to_weight(self.packed, matrix)
 
-    def part(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """`matrices`, of which at least rows start:stop are filled in."""
+    def part(self, start: int, stop: int, *, tiled: bool = True) -> tuple[Tensor, Tensor]:
+        """`matrices`, of which at least rows start:stop are filled in; `tiled`: to the bit, from
+        the same tiles, which products over other numbers of rows are not.
+        """
         target = self.target
-        if self._factored is None or target.rows != self.packed.rows:
+        if self._known is None or target.rows != self.packed.rows:
             return self.matrices()
+        if not tiled:
+            return self._filled([(start, stop)])
         return self._filled(tile for tile in spans(target) if tile[0] < stop and tile[1] > start)
 
     def matrices(self) -> tuple[Tensor, Tensor]:
@@ -124,50 +150,66 @@ class Repacker:
         return self.packed.shape[0] if self.target.lead == 2 else 1
 
     def codes(
-        self, start: int, grid: Grid, matrix: Tensor, change: Tensor, previous: Tensor
+        self,
+        start: int,
+        stop: int,
+        grid: Grid,
+        matrix: Tensor,
+        change: Tensor,
+        previous: Tensor | None,
     ) -> Tensor:
-        """Codes for the rows of `previous`, which begin at row `start` of `matrix`."""
-        rows = matrix[start : start + len(previous)]
+        """Codes for rows start:stop of `matrix`; `previous` are those they had, for nearest."""
+        rows = matrix[start:stop]
         rounding = self.order.rounding
         if rounding == "stochastic":
             random = generator(self.settings.seed, self.target.name, start)
             return stochastic(rows, grid, random)
         if rounding == "gptq":
-            return feedback(rows, grid, self._gram_factor(start, change))
+            return feedback(rows, grid, self._gram_factor(start, change, grid))
         if rounding == "subspace":
-            basis = self.basis(start, change)
-            if basis.shape[1]:
-                return subspace(rows, grid, basis)
+            fed = self._feedback(start, change, grid)
+            if fed.basis.shape[1]:
+                return fed.codes(rows, grid)
         return nearest(rows, grid, previous)
 
-    def basis(self, start: int, change: Tensor) -> Tensor:
-        """Orthonormal input directions (columns, r) of the change around row `start`."""
-        if self._factored is not None:
-            return self._factored
+    def _feedback(self, start: int, change: Tensor, grid: Grid) -> Subspace:
+        """Error feedback in the input directions of the change around row `start`."""
+        if self._known is not None:
+            return self._known
         per = self.packed.rows // self.slabs
         slab = start // per
         if self._found is None or self._found[0] != slab:
-            self._found = (slab, directions(change[slab * per : (slab + 1) * per], start))
+            basis = directions(change[slab * per : (slab + 1) * per], start)
+            self._found = (slab, Subspace.of(basis, grid.group))
         return self._found[1]
 
-    def _gram_factor(self, start: int, change: Tensor) -> Tensor:
+    def _gram_factor(self, start: int, change: Tensor, grid: Grid) -> Tensor:
         """What feedback needs of the Gram matrix, with the directions of the change around row
         `start`; one at a time is kept.
         """
         assert self.order.gram is not None
-        basis = self.basis(start, change)
-        if self._factor is None or self._factor[0] is not basis:
-            self._factor = (basis, feedback_factor(self.order.gram(), basis))
+        fed = self._feedback(start, change, grid)
+        if self._factor is None or self._factor[0] is not fed:
+            self._factor = (fed, feedback_factor(self.order.gram(), fed.basis))
         return self._factor[1]
 
-    _found: tuple[int, Tensor] | None = None
-    _factor: tuple[Tensor, Tensor] | None = None
+    _found: tuple[int, Subspace] | None = None
+    _factor: tuple[Subspace, Tensor] | None = None
+
+    @cached_property
+    def _known(self) -> Subspace | None:
+        if self.order.feedback is not None:
+            return self.order.feedback
+        basis = self._from_factors()
+        if basis is None:
+            return None
+        grid, _ = self.format.grid(self.packed, 0, 1)
+        return Subspace.of(basis, grid.group)
 
     @property
-    def _factored(self) -> Tensor | None:
-        if not hasattr(self, "_inner"):
-            self._inner = self._from_factors()
-        return self._inner
+    def known_feedback(self) -> Subspace | None:
+        """The feedback that holds for every row, for another `Order` of the same weight."""
+        return self._known
 
     def _from_factors(self) -> Tensor | None:
         """The row space of the down factors, when every edit is a LoRA on this orientation."""
@@ -181,35 +223,7 @@ class Repacker:
             if factors is None or edit.parameter != "weight":
                 return None
             inner.append(factors[1].detach())
-        rows = torch.cat(inner)
-        if len(rows) > min(DIRECTIONS * 4, rows.shape[1] // 2):
-            return None
-        _, sizes, right = torch.linalg.svd(rows.double(), full_matrices=False)
-        return right[sizes > SAFE * sizes[0]].T.float().contiguous()
-
-
-def directions(change: Tensor, seed: int, count: int = DIRECTIONS) -> Tensor:
-    """Orthonormal input directions (columns, r) that hold most of a change (rows, columns): the
-    range of Δᵀ Δ Ω, Ω Gaussian (Halko et al. 2011, arXiv:0909.4061).
-    """
-    count = min(count, *change.shape)
-    random = torch.Generator().manual_seed(seed)
-    probe = torch.randn(change.shape[1], count, generator=random)
-    found = change.T @ (change @ probe)
-    if not bool(found.any()):
-        return found[:, :0]
-    left, sizes, _ = torch.linalg.svd(found.double(), full_matrices=False)
-    return left[:, sizes > SAFE * sizes[0]].float().contiguous()
-
-
-def survival(wanted: Tensor, change: Tensor, before: Tensor, written: Tensor) -> Survival:
-    """kept = <written - before, Δ>, error = ‖written - wanted‖²; `before` is what the packed base
-    stands for, whatever Δ was added to.
-    """
-    delta = change.reshape(-1)
-    kept = float(torch.dot((written - before).reshape(-1), delta))
-    error = (written - wanted).reshape(-1)
-    return Survival(kept, float(torch.dot(delta, delta)), float(torch.dot(error, error)))
+        return row_space(torch.cat(inner))
 
 
 def differs(repacker: Repacker, written: Mapping[str, LazyTensor], *, full: bool) -> str | None:
@@ -223,8 +237,7 @@ def differs(repacker: Repacker, written: Mapping[str, LazyTensor], *, full: bool
     matrix, change = repacker.part(*chunks[0]) if len(chunks) == 1 else repacker.matrices()
     for start, stop in chunks:
         grid, codes = format.grid(packed, start, stop)
-        previous = format.grid(repacker.packed, start, stop)[1]
-        expected = repacker.codes(start, grid, matrix, change, previous)
+        expected = repacker.codes(start, stop, grid, matrix, change, None)
         if not torch.equal(grid.values(expected), grid.values(codes)):
             return f"{start}:{stop}"
     return None

@@ -3,36 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-
-@dataclass
-class Survival:
-    """Sums over elements: Δ = exact - base, kept = written - base."""
-
-    kept: float = 0.0  # <kept, Δ>
-    total: float = 0.0  # ||Δ||²
-    error: float = 0.0  # ||kept - Δ||²
-
-    @property
-    def share(self) -> float:
-        """<kept, Δ> / ||Δ||²: 1 when everything was written, 0 when rounding swallowed it."""
-        return self.kept / self.total if self.total > 0 else 1.0
-
-    def add(self, other: Survival) -> None:
-        """Accumulate another sum."""
-        self.kept += other.kept
-        self.total += other.total
-        self.error += other.error
-
-    def scale(self, factor: float) -> None:
-        """The sums over `factor` times as many elements of the same kind."""
-        self.kept *= factor
-        self.total *= factor
-        self.error *= factor
+from peftsurgery.quantizers.surviving import Survival
 
 
 def survival_of(

@@ -38,11 +38,23 @@ def workers(most: int | None = None) -> Iterator[ThreadPoolExecutor]:
     Modules and tiles are many and independent; threads that meet inside every operation lose much
     of their time waiting, most of all where other programs run.
     """
-    count = torch.get_num_threads()
+    global _outer
+    count, before = thread_count(), _outer
+    _outer = count
     torch.set_num_threads(1)  # threads that start from now on use one each
     threads = ThreadPoolExecutor(count if most is None else min(count, most))
     try:
         yield threads
     finally:
         threads.shutdown(cancel_futures=True)
-        torch.set_num_threads(count)
+        _outer = before
+        if before is None:
+            torch.set_num_threads(count)
+
+
+_outer: int | None = None  # threads of the outermost `workers`
+
+
+def thread_count() -> int:
+    """How many threads `workers` starts, inside other `workers` too."""
+    return torch.get_num_threads() if _outer is None else _outer

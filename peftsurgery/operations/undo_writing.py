@@ -68,6 +68,11 @@ def _module_digest(module: WeightAdapter) -> bytes:
 
 def check_undoable(base: Checkpoint) -> None:
     """Raise UnsupportedError for a base that no undo file can restore."""
+    if base.kind == "gguf":
+        raise UnsupportedError(
+            f"{base.source}: undo files are made for safetensors bases; keep the GGUF file, "
+            "which a merge leaves as it is, and leave --undo out."
+        )
     if any(is_pickle_name(file.name) for file in base.files):
         raise UnsupportedError(
             f"{base.source}: a pickle cannot be restored bit for bit from safetensors; convert "

@@ -3,6 +3,8 @@
     F = round(W + Δ) to a unit in the last place, for every touched tensor
     F = round(W) for all others
 
+where F is packed, to the step of its grid (`comparing_packed`).
+
 The plan and the arithmetic are those of `merge`; only what counts as equal is wider, because other
 tools round more often. Tensors are found by their stored name, or through the architecture's table
 where the file uses another vocabulary.
@@ -16,28 +18,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from peftsurgery.adapter import Adapter
-from peftsurgery.checkpoint import Checkpoint, open_checkpoint
+from peftsurgery.checkpoint import Checkpoint, LazyTensor, open_checkpoint
 from peftsurgery.errors import Finding, UnsupportedError
 from peftsurgery.operations.apply import Renderer, Settings, spans
 from peftsurgery.operations.comparing import MANTISSA, Comparison, compare
+from peftsurgery.operations.comparing_packed import (
+    PackedComparison,
+    compare_packed,
+    compare_untouched,
+)
 from peftsurgery.operations.diagnosis import Factors, explain, factors, some, with_adapters
-from peftsurgery.operations.facing import Facing, leftovers
+from peftsurgery.operations.facing import Facing, Found, leftovers
 from peftsurgery.operations.inputs import Inputs, open_inputs
 from peftsurgery.operations.journal import refuse_pending
+from peftsurgery.operations.packed_sides import format_of, formats
 from peftsurgery.operations.plan import Target
 from peftsurgery.operations.strengths import Strength
+from peftsurgery.quantizers import logical
+from peftsurgery.quantizers.awq import AWQ
 from peftsurgery.reports import Progress, Report, Row
 
-PACKED = (  # how the names end that packed weights come with
-    "absmax",
-    "qweight",
-    "SCB",
-    "weight_packed",
-    "scale_weight",
-    "weight_scale",
-    "weight_scale_inv",
-    "_blocks",
-)
 NEGLIGIBLE = 0.01  # of ||Δ||²; so much may stay undecided beside a clear yes
 
 
@@ -78,8 +78,13 @@ def verify(
     type of the file. tied, residual_base: as the merge is said to have been done, see `merge`; what
     loaders do to a tied embedding is "both".
 
-    Raises UnsupportedError for packed (quantized) weights, and what opening and placing raise; a
-    "no" is no error.
+    Packed weights are seen as what they stand for. Where `merged` is packed, a touched weight must
+    lie within the steps of its grid, however it was rounded, and have the strength asked for as far
+    as that can be measured; one that is not touched must have the base's bytes where both are of
+    one format.
+
+    Raises UnsupportedError for a packed format that is not known, and what opening and placing
+    raise; a "no" is no error.
     """
     inputs = open_inputs(
         base,
@@ -89,9 +94,9 @@ def verify(
         residual_base=residual_base,
         allow_pickle=allow_pickle,
     )
-    checkpoint = open_checkpoint(merged, allow_pickle=allow_pickle)
+    checkpoint = logical(open_checkpoint(merged, allow_pickle=allow_pickle))
     refuse_pending(checkpoint)
-    _refuse_packed(checkpoint)
+    _refuse_scaled(checkpoint, inputs.base.checkpoint)
     report = VerifyReport("verify")
     report.findings.extend(inputs.findings)
     for adapter, _ in inputs.adapters:
@@ -102,19 +107,15 @@ def verify(
     return report
 
 
-def _refuse_packed(checkpoint: Checkpoint) -> None:
-    quantized = (checkpoint.config or {}).get("quantization_config")
-    name = next((name for name in checkpoint if name.endswith(PACKED)), None)
-    if quantized or name:
-        how = (
-            f"config.json has a quantization_config, {quantized}"
-            if quantized
-            else f"it holds {name!r}"
-        )
+def _refuse_scaled(merged: Checkpoint, base: Checkpoint) -> None:
+    """UnsupportedError for AWQ on one side only: it multiplies the inputs of the weights by what it
+    takes from the layers before them, so that neither is base + adapters by itself.
+    """
+    if (AWQ.title in formats(merged)) != (AWQ.title in formats(base)):
         raise UnsupportedError(
-            f"{checkpoint.source}: is quantized ({how}); whether it is base + adapters cannot be "
-            "decided from packed weights. "
-            "Verify the file it was made from."
+            f"{merged.source}: only one of it and {base.source} is packed by {AWQ.title}, which "
+            "also scales the inputs of its weights; whether it is base + adapters cannot be "
+            "decided. Verify the file it was made from."
         )
 
 
@@ -156,8 +157,11 @@ class _Check:
         if tuple(found.shape) != target.shape and not found.reshapes(target.shape):
             self.wrong_shape[target.name] = f"{list(found.shape)}, expected {list(target.shape)}"
             return
-        if found.dtype not in MANTISSA:
-            self.undecidable[target.name] = found.dtype
+        if found.packed is not None:
+            self.results[target.name] = compare_packed(target, found.packed, self.relative_to)
+            return
+        if found.dtype not in MANTISSA or found.unpacked:
+            self.undecidable[target.name] = "packed in parts" if found.unpacked else found.dtype
             return
         settings = Settings(self.relative_to, dtype=found.dtype)
         order = list(dict.fromkeys(edit.adapter for edit in target.edits))
@@ -180,8 +184,20 @@ class _Check:
             self.missing.append(name)
             return
         self.untouched += 1
-        if not found.holds(tensor):
+        if found.holds(tensor):
+            return
+        if found.unpacked:
+            self.undecidable[name] = "packed in parts"
+        elif not self._within_steps(found, tensor):
             self.changed.append(name)
+
+    def _within_steps(self, found: Found, base: LazyTensor) -> bool:
+        """Whether the base's weight was packed for the file, however it was rounded."""
+        if found.packed is None or not found.reshapes(tuple(base.shape)):
+            return False
+        if format_of(base) == found.packed.format.title:
+            return False  # it would have been left as it is
+        return compare_untouched(base.torch().float(), found.packed).verdict == "yes"
 
     # the answer -----------------------------------------------------------------------------------
 
@@ -203,6 +219,8 @@ class _Check:
         wrong = [name for name, result in self.results.items() if result.verdict == "no"]
         open_ = [name for name, result in self.results.items() if result.verdict == "undecided"]
         open_ += list(self.undecidable)
+        far = self._far(wrong)
+        self._find("far", list(far), "is further from base + adapters than any rounding", far)
         self._explain(wrong, wanted)
         if missing or self.changed or self.wrong_shape or extra or wrong:
             answer = "no"
@@ -212,18 +230,31 @@ class _Check:
         object.__setattr__(self.report, "ok", answer == "yes")
         self._summarise(answer, wrong, open_)
 
+    def _far(self, wrong: Sequence[str]) -> dict[str, str]:
+        """How far wrong packed weights lie off, in words."""
+        results = ((name, self.results[name]) for name in wrong)
+        return {
+            name: f"{result.wrong} of {result.elements} values by more than a step of its grid, up "
+            f"to {result.worst:.3g} steps"
+            for name, result in results
+            if isinstance(result, PackedComparison) and result.far
+        }
+
     def _weigh(self, undecided: list[str]) -> str:
         """Yes when everything is exact, or all but a negligible part of the change is clearly
         there.
         """
         clear = [r for r in self.results.values() if r.verdict == "yes" and r.total > 0]
+        vague = [self.results[name] for name in undecided if name in self.results]
+        if not self.undecidable and self._together(vague):
+            return "yes"
         if not clear:
+            left = self._survival(vague)
             self._note(
                 "nothing-decides",
-                "rounding leaves too little of the change to tell whether it is there",
+                "rounding leaves too little of the change to tell whether it is there" + left,
             )
             return "undecided"
-        vague = [self.results[name] for name in undecided if name in self.results]
         if self.undecidable:
             self._note(
                 "not-comparable",
@@ -241,6 +272,33 @@ class _Check:
             f"{some(undecided)}",
         )
         return "undecided"
+
+    def _together(self, vague: Sequence[Comparison]) -> bool:
+        """Whether packed weights that are too vague one by one say yes as a whole."""
+        total = PackedComparison()
+        for result in vague:
+            if not isinstance(result, PackedComparison):
+                return False
+            total.add(result)
+        if len(vague) < 2 or total.total == 0 or total.verdict != "yes":
+            return False
+        found = f"{total.inner / total.total:.3f} ± {total.uncertainty:.2g} of it"
+        message = f"{len(vague)} packed weights tell too little each; together they hold {found}"
+        self.report.findings.append(Finding("info", "decided-together", message))
+        return True
+
+    def _survival(self, vague: Sequence[Comparison]) -> str:
+        """How much of the change of packed weights is left, in words."""
+        packed = [result for result in vague if isinstance(result, PackedComparison)]
+        size = math.fsum(result.total for result in packed)
+        if not size:
+            return ""
+        share = math.fsum(result.inner for result in packed) / size
+        nearest = math.fsum(result.kept for result in packed) / size
+        return (
+            f"; the packed weights hold {share:.1%} of it, and rounding to their nearest values "
+            f"leaves {nearest:.1%}"
+        )
 
     def _asked(self, target: Target) -> dict[int, float]:
         """Adapter -> the strength its change of this tensor was asked for with (the first, where

@@ -30,6 +30,7 @@ from peftsurgery.operations.journal import refuse_pending
 from peftsurgery.operations.lineage import stamp
 from peftsurgery.operations.proving import BATCH, prove
 from peftsurgery.operations.staging import staged_beside, workers
+from peftsurgery.quantizers import logical
 from peftsurgery.reports import Progress, Report
 from peftsurgery.reports.base import Row
 
@@ -107,12 +108,12 @@ def check_target(sources: Sequence[Checkpoint], dst: Path, *, to: str, overwrite
 def base_weights(
     base: str | Path | None, architecture: str | None, adapter: Checkpoint
 ) -> tuple[BaseWeights | None, dict[str, list[str]] | None]:
-    """The weights of `--base` by module path, and its module names for decoding `adapter`; both
-    None without a base.
+    """The weights of `--base` by module path, packed ones as what they stand for, and its module
+    names for decoding `adapter`; both None without a base.
     """
     if base is None:
         return None, None
-    opened = open_checkpoint(base)
+    opened = logical(open_checkpoint(base))
     refuse_pending(opened)
     known = base_names(opened)
     if architecture is None:

@@ -157,17 +157,27 @@ class Bits4(Format):
         block, columns = self._block(packed), packed.columns
         flat = matrix.reshape(-1)
         book = self._book(packed)
-        wide = torch.nn.functional.pad(flat, (0, -flat.numel() % block)).reshape(-1, block)
-        largest = wide.abs().amax(1)
-        if packed.parts:
-            old = self._absmax(packed)
-            one, other = (Grid(book, absmax[:, None]) for absmax in (old, largest))
-            absmax = torch.where(better(wide, one, other)[:, 0], largest, old)
-        else:
-            absmax = largest
+        lacking = -flat.numel() % block
+        wide = (torch.nn.functional.pad(flat, (0, lacking)) if lacking else flat).reshape(-1, block)
+        least, greatest = torch.aminmax(wide, dim=1)
+        largest = torch.maximum(-least, greatest)
+        absmax = self._kept(book, wide, self._absmax(packed), largest) if packed.parts else largest
         parts = self._stored_absmax(packed, absmax)
         held = self._absmax_of(packed, parts)
         return self._grid(packed, book, held, 0, flat.numel() // columns), parts
+
+    @staticmethod
+    def _kept(book: Codebook, wide: Tensor, old: Tensor, largest: Tensor) -> Tensor:
+        """absmax of every block (blocks, block): the old one, unless the largest value has moved
+        far from it and is the better scale.
+        """
+        top = float(book.levels[-1] - book.levels[-2]) / 2  # beyond that, rounding cuts off
+        moved = ((largest > old * (1 + top)) | (largest < old * (1 - top))).nonzero()[:, 0]
+        one, other = (Grid(book, absmax[moved, None]) for absmax in (old, largest))
+        changed = better(wide[moved], one, other)[:, 0]
+        absmax = old.clone()
+        absmax[moved] = torch.where(changed, largest[moved], old[moved])
+        return absmax
 
     def _absmax_of(self, packed: Packed, parts: dict[str, Tensor]) -> Tensor:
         """What stored scales stand for; those that are not there are the ones of before."""

@@ -11,9 +11,6 @@ from torch import Tensor
 from peftsurgery.quantizers.books import Codebook
 
 
-EDGE = 0.01  # of the outermost level: so far beyond it a value still counts as inside
-
-
 @dataclass(frozen=True)
 class Grid:
     """w[r, c] = factor · scale · (book[code] - zero) + shift, the last three constant over a group.
@@ -39,13 +36,18 @@ class Grid:
         if self.group <= 1:
             return values[:, start:stop]
         first, last = start // self.group, -(-stop // self.group)
+        if last == first + 1:
+            return values[:, first:last]
         wide = values[:, first:last].repeat_interleave(self.group, 1)
         return wide[:, start - first * self.group : stop - first * self.group]
 
     def values(self, codes: Tensor, start: int = 0) -> Tensor:
         """fp32 weights of codes (rows, n), the columns from `start` on."""
-        stop = start + codes.shape[1]
-        found = self.book.values(codes)
+        return self._placed(self.book.values(codes), start)
+
+    def _placed(self, found: Tensor, start: int) -> Tensor:
+        """Values of the book, overwritten by those of the weight."""
+        stop = start + found.shape[1]
         if self.zero is not None:
             found -= self.spread(self.zero, start, stop)
         found *= self.spread(self.scale, start, stop)
@@ -68,21 +70,35 @@ class Grid:
             found += self.spread(self.zero, start, stop)
         return found
 
+    def near(self, weight: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
+        """Codes and their values, of the nearest as `Codebook.near` knows them."""
+        codes, found = self.book.near(self.units(weight, start))
+        return codes, self._placed(found, start)
+
     def nearest(self, weight: Tensor, start: int = 0) -> Tensor:
         """Codes of the nearest values."""
         return self.book.nearest(self.units(weight, start))
 
     def outside(self, weight: Tensor) -> float:
-        """The share of weights (rows, columns) beyond the outermost values."""
-        units = self.units(weight)
-        beyond = (units < self.book.low * (1 + EDGE)) | (units > self.book.high * (1 + EDGE))
-        return float(beyond.float().mean())
+        """The share of weights (rows, columns) beyond the outermost values by more than half of
+        the outermost step.
+        """
+        units, levels = self.units(weight), self.book.levels
+        low = float(levels[0] - (levels[1] - levels[0]) / 2)
+        high = float(levels[-1] + (levels[-1] - levels[-2]) / 2)
+        return float(((units < low) | (units > high)).float().mean())
 
     def rows(self, start: int, stop: int) -> Grid:
         """The grid of some of the rows."""
+        return self._cut(slice(start, stop))
 
+    def every(self, step: int) -> Grid:
+        """The grid of one in `step` rows."""
+        return self._cut(slice(None, None, step))
+
+    def _cut(self, rows: slice) -> Grid:
         def cut(values: Tensor | None) -> Tensor | None:
-            return values if values is None or values.shape[0] == 1 else values[start:stop]
+            return values if values is None or values.shape[0] == 1 else values[rows]
 
         scale = cut(self.scale)
         assert scale is not None
@@ -135,7 +151,7 @@ def nearest(weight: Tensor, grid: Grid, previous: Tensor | None = None) -> Tenso
     one, so that what did not change keeps its bytes.
     """
     found = grid.nearest(weight)
-    if previous is None:
+    if previous is None or (grid.book.unambiguous and bool((grid.scale != 0).all())):
         return found
     return keep_equal(found, previous, grid)
 

@@ -134,6 +134,12 @@ class Format(abc.ABC):
         """
         return {}
 
+    def metadata(self, packed: Sequence[Packed], others: Sequence[str]) -> dict[str, str]:
+        """What the `__metadata__` of a file says of the weights packed afresh in it, beside the
+        other tensors of some names.
+        """
+        return {}
+
     def marks(self, name: str) -> bool:
         """Whether a stored tensor is such a marker: to be left out of a file that holds no packed
         weight any more.
@@ -178,7 +184,7 @@ class Format(abc.ABC):
 
 def check_finite(name: str, weight: Tensor) -> None:
     """UsageError when a weight that is to be packed holds NaN or infinity."""
-    if not bool(torch.isfinite(weight).all()):
+    if not math.isfinite(float(weight.sum())) and not bool(torch.isfinite(weight).all()):
         raise UsageError(f"{name!r}: holds NaN or infinity, which cannot be packed. Repair it.")
 
 

@@ -61,7 +61,8 @@ class PlainFloat8(Format):
         return Packed(self, name, shape, native, {"weight": Outline(name, dtype, shape)})
 
 
-# Neighbours of a weight, `{}` its name, `{base}` that of its layer and `{part}` what torchao's parts
+# Neighbours of a weight, `{}` its name, `{base}` that of its layer and `{part}` what torchao's
+# parts
 # begin with: scales that another format reads or refuses, and scales that none does.
 _READ = (
     "{base}.weight_scale",

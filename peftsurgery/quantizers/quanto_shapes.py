@@ -76,7 +76,7 @@ def weight_shape(
     """The shape of a weight with `count` groups of codes of a shape. UnsupportedError when
     nothing tells it.
     """
-    if len(of_codes) > 1 or of_codes[0] not in SIZES:
+    if len(of_codes) != 1 or of_codes[0] not in SIZES:
         return (count, *of_codes)
     size = of_codes[0]
     component, _, own = name.rpartition(":")

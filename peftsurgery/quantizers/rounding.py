@@ -14,6 +14,8 @@ rank its inverse is never formed.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -31,41 +33,64 @@ def stochastic(weight: Tensor, grid: Grid, generator: torch.Generator) -> Tensor
     return torch.where(take, upper, lower)
 
 
-def blocks(columns: int) -> list[tuple[int, int]]:
+def blocks(columns: int, group: int = 0) -> list[tuple[int, int]]:
     """Blocks [start, stop) of columns that become smaller to the end, since nothing is left to make
-    up for the error of the last.
+    up for the error of the last; whole groups of `group` columns, or within one.
     """
     found = []
     start = 0
     while start < columns:
-        stop = min(columns, start + max(LEAST, (columns - start) // SHARE))
-        found.append((start, stop))
+        size = max(LEAST, (columns - start) // SHARE)
+        stop = min(columns, start + size)
+        if group > 1 and start // group != (stop - 1) // group:
+            stop = max(stop // group, start // group + 1) * group
+        found.append((start, min(stop, columns)))
         start = stop
     return found
 
 
-def subspace(weight: Tensor, grid: Grid, basis: Tensor, weighting: float = WEIGHT) -> Tensor:
-    """Codes for weight (rows, columns) that keep ε V small; basis V (columns, r), orthonormal.
+@dataclass(frozen=True)
+class Subspace:
+    """Error feedback that keeps ε V small; basis V (columns, r), orthonormal.
 
     With S = Σ ε_k v_k over the columns done and G = Σ v_kᵀ v_k over those left, the errors of
     these that minimise ‖ε‖² + λ‖ε V‖² are -S (1/λ + G)⁻¹ Vᵀ: so much is added before they are
-    rounded. Cost: 4 · rows · columns · r flops.
+    rounded. `steps`: of every block, its columns and (1/λ + G)⁻¹ Vᵀ (r, its size).
     """
-    _check(weight, basis.shape[0])
-    total = torch.zeros(weight.shape[0], basis.shape[1])
-    left = basis.T.double() @ basis.double()
-    ridge = torch.eye(basis.shape[1], dtype=torch.float64) / weighting
-    codes = torch.empty(weight.shape, dtype=grid.book.dtype)
-    for start, stop in blocks(weight.shape[1]):
-        part = basis[start:stop]
-        solved = torch.linalg.solve(ridge + left, part.T.double()).float()
-        wanted = torch.addmm(weight[:, start:stop], total, solved)
-        chosen = grid.book.nearest(grid.units(wanted, start))
-        codes[:, start:stop] = chosen
-        error = weight[:, start:stop] - grid.values(chosen, start)
-        total.addmm_(error, part)
-        left -= part.T.double() @ part.double()
-    return codes
+
+    basis: Tensor
+    steps: tuple[tuple[int, int, Tensor], ...]
+
+    @classmethod
+    def of(cls, basis: Tensor, group: int = 0, weighting: float = WEIGHT) -> Subspace:
+        """For scales of `group` columns; λ = `weighting`."""
+        exact = basis.double()
+        left = exact.T @ exact
+        ridge = torch.eye(basis.shape[1], dtype=torch.float64) / weighting
+        steps: list[tuple[int, int, Tensor]] = []
+        for start, stop in blocks(basis.shape[0], group):
+            part = exact[start:stop]
+            steps.append((start, stop, torch.linalg.solve(ridge + left, part.T).float()))
+            left -= part.T @ part
+        return cls(basis, tuple(steps))
+
+    def codes(self, weight: Tensor, grid: Grid) -> Tensor:
+        """Codes for a weight (rows, columns). Cost: 4 · rows · columns · r flops. UsageError for
+        another number of columns.
+        """
+        _check(weight, self.basis.shape[0])
+        total = torch.zeros(weight.shape[0], self.basis.shape[1])
+        codes = torch.empty(weight.shape, dtype=grid.book.dtype)
+        for start, stop, solved in self.steps:
+            given = weight[:, start:stop]
+            codes[:, start:stop], written = grid.near(torch.addmm(given, total, solved), start)
+            total.addmm_(torch.sub(given, written, out=written), self.basis[start:stop])
+        return codes
+
+
+def subspace(weight: Tensor, grid: Grid, basis: Tensor, weighting: float = WEIGHT) -> Tensor:
+    """Codes for weight (rows, columns) that keep ε V small; see `Subspace`."""
+    return Subspace.of(basis, grid.group, weighting).codes(weight, grid)
 
 
 def feedback_factor(gram: Tensor, basis: Tensor | None = None, damping: float = 0.01) -> Tensor:

@@ -90,10 +90,12 @@ class TorchAO(Format):
             shape, tiles = tiles_of(checkpoint, entry)
             names = roles(entry)
             kinds = {role: checkpoint[name].dtype for role, name in names.items()}
-            if kinds["weight"] != "I8" or kinds.get("zero", "I8") != "I8":
+            plain = kinds["weight"] == kinds.get("zero", "I8") == "I8"
+            if not plain or kinds["scale"] not in ("F32", "F16", "BF16"):
                 raise UnsupportedError(
-                    f"{where}: codes are {kinds['weight']}, zeros {kinds.get('zero')}; int8 was "
-                    "expected. Quantize the original again."
+                    f"{where}: codes are {kinds['weight']}, zeros {kinds.get('zero')}, scales "
+                    f"{kinds['scale']}; int8, int8 and floats were expected. Quantize the original "
+                    "again."
                 )
             if "zero" in names:
                 zero, scale = (checkpoint[names[role]].shape for role in ("zero", "scale"))
@@ -116,9 +118,7 @@ class TorchAO(Format):
         tiles = _tiles(packed)
         return packed.whole(role).float().reshape(tiles.stack * tiles.down, tiles.across)
 
-    def _grid(
-        self, packed: Packed, scales: Tensor, zeros: Tensor, start: int, stop: int
-    ) -> Grid:
+    def _grid(self, packed: Packed, scales: Tensor, zeros: Tensor, start: int, stop: int) -> Grid:
         tiles = _tiles(packed)
         book = Integers(cast(int, packed.fields["low"]), cast(int, packed.fields["high"]))
         zero = tiles.spread(zeros, start, stop) if bool(zeros.any()) else None
@@ -175,7 +175,8 @@ class TorchAO(Format):
         width = shape[1] if group is None else group
         if width < 1 or shape[1] % width:
             raise UnsupportedError(
-                f"{name!r}: {shape[1]} inputs are no multiple of the group, {width}. Choose another."
+                f"{name!r}: {shape[1]} inputs are no multiple of the group, {width}. Choose "
+                "another."
             )
         block, native = [1, width], native if native in ("F16", "BF16") else "F32"
         stored = stored_names(name, ("qdata", "scale", "zero_point"))

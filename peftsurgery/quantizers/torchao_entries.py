@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from peftsurgery.checkpoint import Checkpoint
+from peftsurgery.checkpoint import Checkpoint, open_checkpoint
 from peftsurgery.errors import UnsupportedError, UsageError
 from peftsurgery.quantizers.packed import Packed
 
@@ -53,7 +53,7 @@ def entries(checkpoint: Checkpoint, kinds: Sequence[str]) -> Iterator[Entry]:
     known: set[str] = set()
     for component, part in (checkpoint.components or {"": checkpoint}).items():
         start = f"{component}:" if component else ""
-        for name, text in part.metadata.items():
+        for name, text in _about(part).items():
             if "." not in name or '"_type"' not in text:
                 continue
             entry = _entry(checkpoint, start, name, text)
@@ -93,6 +93,15 @@ def entries(checkpoint: Checkpoint, kinds: Sequence[str]) -> Iterator[Entry]:
             )
 
 
+def _about(part: Checkpoint) -> dict[str, str]:
+    """The metadata of all files."""
+    found = dict(part.metadata)
+    if len(part.files) > 1 and any(name.endswith("_qdata") for name in part):
+        for file in part.files[1:]:
+            found |= open_checkpoint(file).metadata
+    return found
+
+
 def _entry(checkpoint: Checkpoint, start: str, name: str, text: str) -> Entry:
     try:
         told = json.loads(text)
@@ -100,13 +109,15 @@ def _entry(checkpoint: Checkpoint, start: str, name: str, text: str) -> Entry:
         raise UsageError(
             f"{checkpoint.source}: metadata {name!r} is no JSON: {error}. Download it again."
         ) from error
-    data, parts = told.get("_data", {}), told.get("_tensor_data_names", [])
-    if not isinstance(data, dict) or not all(isinstance(part, str) for part in parts):
+    fields = told if isinstance(told, dict) else {}
+    data, parts = fields.get("_data", {}), fields.get("_tensor_data_names", [])
+    known = isinstance(fields.get("_type"), str) and isinstance(data, dict)
+    if not known or not isinstance(parts, list) or not all(isinstance(p, str) for p in parts):
         raise UsageError(
-            f"{checkpoint.source}: metadata {name!r}: '_data' and '_tensor_data_names' are not as "
-            "torchao writes them. Download it again."
+            f"{checkpoint.source}: metadata {name!r}: '_type', '_data' and '_tensor_data_names' "
+            "are not as torchao writes them. Download it again."
         )
-    return Entry(start + name, str(told["_type"]), data, stored_names(start + name, parts))
+    return Entry(start + name, fields["_type"], data, stored_names(start + name, parts))
 
 
 def stored_names(name: str, parts: Sequence[str]) -> dict[str, str]:

@@ -19,7 +19,7 @@ import peftsurgery as ps
 from peftsurgery.adapter import Adapter
 from peftsurgery.algorithms import LoRA
 from peftsurgery.cli import main
-from peftsurgery.errors import UnsupportedError, UsageError
+from peftsurgery.errors import UsageError
 from peftsurgery.operations.comparing import MANTISSA, compare, ulp
 from peftsurgery.operations.verify import VerifyReport
 from tests.operations.small_llm import SHAPES, write_adapter, write_folder
@@ -295,7 +295,7 @@ def test_a_change_that_rounding_nearly_swallows_is_decided_by_what_still_moves(
     assert case.verify(case.base, (case.a, 1.0)).answer == "no"
 
 
-def test_packed_weights_are_refused(tmp_path: Path) -> None:
+def test_a_scale_that_belongs_to_nothing_and_integers(tmp_path: Path) -> None:
     case = Case(tmp_path)
     merged = edited(
         case.merged((case.a, 1.0)),
@@ -303,9 +303,9 @@ def test_packed_weights_are_refused(tmp_path: Path) -> None:
             {"model.layers.0.mlp.down_proj.weight_scale": torch.ones(1)}
         ),
     )
-    with pytest.raises(UnsupportedError, match="quantized") as caught:
-        case.verify(merged, (case.a, 1.0))
-    assert caught.value.exit_code == 3
+    report = case.verify(merged, (case.a, 1.0))
+    assert report.answer == "no"
+    assert [f.key for f in report.findings if f.code == "extra"]
 
     def as_integers(tensors: dict[str, Tensor]) -> None:
         name = "model.layers.0.mlp.down_proj.weight"

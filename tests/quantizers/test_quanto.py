@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import PixArtTransformer2DModel
+from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 from optimum.quanto import (
     MaxOptimizer,
     WeightQBitsTensor,
@@ -31,7 +31,6 @@ from tests.quantizers.integer_files import (
     check_unchanged,
     folder,
     only,
-    remade,
     viewed,
 )
 
@@ -56,7 +55,7 @@ def made(
     quantize(model, weights=qtypes[kind])
     freeze(model)
     dense = {
-        f"{name}.weight": model.get_submodule(name).weight.dequantize().detach()
+        f"{name}.weight": Tensor.dequantize(model.get_parameter(f"{name}.weight")).detach()
         for name in quantization_map(model)
     }
     return {name: part.detach() for name, part in model.state_dict().items()}, dense
@@ -142,7 +141,7 @@ def test_whole_zeros(
 
 
 @pytest.mark.parametrize("native", ["F32", "F16", "BF16"])
-@pytest.mark.parametrize("shape", [(40, 256), (7, 160), (33, 50), (12, 96)])
+@pytest.mark.parametrize("shape", [(48, 256), (7, 160), (33, 50), (12, 96)])
 @pytest.mark.parametrize("kind", ["qint8", "qfloat8", *SHORT])
 def test_the_package_reads_what_is_packed_afresh(
     tmp_path: Path, random: torch.Generator, kind: str, shape: tuple[int, int], native: str
@@ -165,7 +164,7 @@ def test_the_package_reads_what_is_packed_afresh(
     check_unchanged(packed)
     model = nn.Sequential(nn.Linear(shape[1], shape[0], dtype=dtype))
     requantize(model, dict(tensors), {"0": {"weights": qtypes[kind].name, "activations": "none"}})
-    dense = model[0].weight.dequantize().detach()
+    dense = Tensor.dequantize(model.get_parameter("0.weight")).detach()
     assert torch.equal(packed.dequantize().to(dtype), dense)
     scale = packed.whole("scale").float()
     scale = scale.repeat_interleave(weight.numel() // scale.numel()).reshape(shape)
@@ -177,9 +176,14 @@ def test_the_package_reads_what_is_packed_afresh(
 
 
 def test_diffusers_loads_a_model_packed_here(tmp_path: Path, random: torch.Generator) -> None:
-    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1}
     model = PixArtTransformer2DModel(
-        **sizes, cross_attention_dim=32, caption_channels=8, sample_size=4, norm_num_groups=4
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=1,
+        cross_attention_dim=32,
+        caption_channels=8,
+        sample_size=4,
+        norm_num_groups=4,
     )
     model.save_pretrained(tmp_path / "plain")
     format = by_name("quanto")
@@ -211,3 +215,144 @@ def test_diffusers_loads_a_model_packed_here(tmp_path: Path, random: torch.Gener
 def test_a_merge_keeps_its_direction(tmp_path: Path, random: torch.Generator, kind: str) -> None:
     tensors, _ = linear((24, 256), kind, random, torch.float32)
     check_merged(only(folder(tmp_path, tensors, None)), random)
+
+
+class Heads(nn.Module):
+    def __init__(self, layers: Mapping[str, tuple[int, int]]) -> None:
+        super().__init__()
+        for name, (rows, columns) in layers.items():
+            setattr(self, name, nn.Linear(columns, rows, bias=False))
+
+
+SIZES = {
+    "llama": {
+        **{"hidden_size": 256, "intermediate_size": 384, "vocab_size": 64},
+        **{"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 48},
+    },
+    "t5": {"d_model": 192, "d_ff": 320, "num_heads": 5, "d_kv": 64},
+}
+LAYERS = {
+    "llama": {
+        **{"q_proj": (384, 256), "k_proj": (96, 256), "v_proj": (96, 256), "o_proj": (256, 384)},
+        **{"gate_proj": (384, 256), "up_proj": (384, 256), "down_proj": (256, 384)},
+        **{"lm_head": (64, 256)},
+    },
+    "t5": {
+        **{"q": (320, 192), "k": (320, 192), "v": (320, 192), "o": (192, 320)},
+        **{"wi": (320, 192), "wi_0": (320, 192), "wi_1": (320, 192), "wo": (192, 320)},
+    },
+}
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("family", SIZES)
+def test_shapes_of_layers_without_a_bias(
+    tmp_path: Path, random: torch.Generator, family: str, wrapped: bool
+) -> None:
+    tensors, dense = made(Heads(LAYERS[family]), "qint4", random, torch.float16)
+    checkpoint = folder(tmp_path, tensors, None)
+    with pytest.raises(UnsupportedError, match=r"neither a bias nor config\.json"):
+        viewed(checkpoint)
+    config = {"text_config": SIZES[family]} if wrapped else SIZES[family]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    view = viewed(open_checkpoint(str(tmp_path)))
+    assert {n: p.shape for n, p in view.packed.items()} == {
+        f"{name}.weight": shape for name, shape in LAYERS[family].items()
+    }
+    for name, packed in view.packed.items():
+        assert torch.equal(packed.dequantize().half(), dense[name])
+    other = {key: 2 * size for key, size in SIZES[family].items()}
+    (tmp_path / "config.json").write_text(json.dumps(other))
+    with pytest.raises(UnsupportedError, match=r"neither a bias nor config\.json"):
+        viewed(open_checkpoint(str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["conv_in", "patch_embed", "down.0.proj_in"])
+def test_cut_rows_of_a_convolution_are_refused(
+    tmp_path: Path, random: torch.Generator, name: str
+) -> None:
+    tensors, _ = made(nn.Sequential(nn.Conv2d(32, 9, 3)), "qint4", random, torch.float32)
+    stored = {key.replace("0.", f"{name}.", 1): part for key, part in tensors.items()}
+    folder(tmp_path, stored, None)
+    (tmp_path / "config.json").write_text(json.dumps({"down_block_types": []}))
+    with pytest.raises(UnsupportedError, match="convolution"):
+        viewed(open_checkpoint(str(tmp_path)))
+
+
+def test_two_groups_need_to_be_told_their_bits(tmp_path: Path, random: torch.Generator) -> None:
+    tensors, dense = linear((2, 56), "qint2", random, torch.float32)
+    with pytest.raises(UsageError, match="neither int4 nor int2"):
+        only(folder(tmp_path, tensors, None))
+    for key in ("weights", "weights_dtype"):
+        config = {"quant_method": "quanto", key: "int2"}
+        packed = only(folder(tmp_path, tensors, config))
+        assert torch.equal(packed.dequantize(), dense)
+        check_unchanged(packed)
+
+
+def test_components_of_a_pipeline(tmp_path: Path, random: torch.Generator) -> None:
+    model, tensors, dense = tmp_path / "pipe", *linear((1, 56), "qint4", random, torch.float32)
+    for name, kind in (("transformer", "int4"), ("other", "int2")):
+        (model / name).mkdir(parents=True)
+        save_file(tensors, model / name / "diffusion_pytorch_model.safetensors")
+        config = {"quantization_config": {"quant_method": "quanto", "weights_dtype": kind}}
+        (model / name / "config.json").write_text(json.dumps(config))
+    index = {"_class_name": "P", **{n: ["diffusers", "M"] for n in ("transformer", "other")}}
+    (model / "model_index.json").write_text(json.dumps(index))
+    view = viewed(open_checkpoint(str(model)))
+    assert {n: p.fields["bits"] for n, p in view.packed.items()} == {
+        "transformer:0.weight": 4,
+        "other:0.weight": 2,
+    }
+    assert torch.equal(view["transformer:0.weight"].torch(), dense)
+
+
+def test_damage_is_named(tmp_path: Path, random: torch.Generator) -> None:
+    whole, _ = linear((12, 256), "qint8", random, torch.float32)
+    short, _ = linear((12, 256), "qint4", random, torch.float32)
+
+    def refused(place: str, tensors: Mapping[str, Tensor], change: dict[str, Tensor | None]) -> str:
+        new = {**tensors, **{f"0.{key}": part for key, part in change.items()}}
+        stored = {key: part for key, part in new.items() if part is not None}
+        with pytest.raises((UsageError, UnsupportedError)) as caught:
+            only(folder(tmp_path / place, stored, None))
+        return str(caught.value)
+
+    assert "'0.weight._scale' is missing" in refused("a", whole, {"weight._scale": None})
+    assert "one scale for each row" in refused("b", whole, {"weight._scale": torch.ones(11, 1)})
+    assert "one scale for each row" in refused("c", whole, {"weight._scale": torch.ones(())})
+    wide = torch.zeros(12, 256, dtype=torch.int16)
+    assert "I16" in refused("d", whole, {"weight._data": wide})
+    assert "'0.weight._shift' is missing" in refused("e", short, {"weight._shift": None})
+    assert "shifts F32" in refused("f", short, {"weight._shift": torch.ones(3, 1)})
+    assert "neither int4" in refused(
+        "g", short, {"weight._data._data": torch.zeros(7, 128, dtype=torch.uint8)}
+    )
+    assert "neither a bias" in refused("h", short, {"bias": torch.zeros(7)})
+    assert "one scale for each group" in refused(
+        "i", short, {"weight._scale": torch.ones(24, 2), "weight._shift": torch.ones(24, 2)}
+    )
+    packed = only(folder(tmp_path / "j", short, None))
+    holed = packed.dequantize().clone()
+    holed[0, 0] = torch.nan
+    with pytest.raises(UsageError, match="NaN"):
+        packed.format.quantize(packed, holed)
+
+
+def test_what_does_not_fit_is_named() -> None:
+    for name in ("quanto", "quanto-fp8"):
+        with pytest.raises(UnsupportedError, match=r"x\.weight"):
+            by_name(name).fresh("x.weight", (8, 8, 3), "F16")
+        with pytest.raises(UsageError, match="3 bits"):
+            by_name(name).fresh("x.weight", (8, 64), "F16", bits=3)
+    outline: Packed = by_name("quanto").fresh("x.weight", (8, 64), "F16", bits=4)
+    with pytest.raises(UsageError, match="too large"):
+        outline.format.quantize(outline, torch.arange(512.0).reshape(8, 64) * 1e4)
+
+
+def test_the_weight_is_seen_and_its_parts_are_not(tmp_path: Path, random: torch.Generator) -> None:
+    tensors, dense = linear((24, 256), "qint4", random, torch.float32)
+    view = logical(folder(tmp_path, tensors, None))
+    assert sorted(view) == ["0.bias", "0.weight"]
+    assert isinstance(view["0.weight"], PackedTensor)
+    assert torch.equal(view["0.weight"].rows(3, 20).torch(), dense[3:20])

@@ -5,6 +5,7 @@ kernel needs a GPU, parity with a decoder that reads nibble by nibble.
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -48,6 +49,7 @@ from tests.quantizers.integer_files import (
 
 NAME = "model.layers.0.mlp.up_proj"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+INT4: torch.dtype = getattr(torch, "int4")  # noqa: B009
 CONFIGS: dict[str, AOBaseConfig] = {
     "int8": Int8WeightOnlyConfig(),
     "int8 tensor": Int8WeightOnlyConfig(granularity=PerTensor()),
@@ -58,12 +60,14 @@ CONFIGS: dict[str, AOBaseConfig] = {
     "float8 e5m2": Float8WeightOnlyConfig(weight_dtype=torch.float8_e5m2),
     "float8 tensor": Float8WeightOnlyConfig(granularity=PerTensor()),
     "intx activations": Int8DynamicActivationIntxWeightConfig(
-        weight_dtype=torch.int4, weight_granularity=PerGroup(32)
+        weight_dtype=INT4, weight_granularity=PerGroup(32)
     ),
     "int4 zeros": IntxWeightOnlyConfig(
-        weight_dtype=torch.int4, granularity=PerGroup(32), mapping_type=MappingType.ASYMMETRIC
+        weight_dtype=INT4, granularity=PerGroup(32), mapping_type=MappingType.ASYMMETRIC
     ),
-    **{f"int{n}": IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{n}")) for n in range(1, 8)},
+    **{
+        f"int{n}": IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{n}")) for n in range(1, 8)
+    },
 }
 
 
@@ -80,6 +84,10 @@ def written(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, st
     return path
 
 
+def flattened(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    return flatten_tensor_state_dict(dict(state))  # pyright: ignore[reportArgumentType]
+
+
 def made(
     config: AOBaseConfig, shape: tuple[int, int], dtype: torch.dtype, random: torch.Generator
 ) -> tuple[dict[str, Tensor], dict[str, str], Tensor]:
@@ -90,7 +98,7 @@ def made(
     assert isinstance(layer.weight, torch.Tensor)
     dense = layer.weight.dequantize()
     state = {f"{NAME}.{name}": part.detach() for name, part in layer.state_dict().items()}
-    return *flatten_tensor_state_dict(state), dense.detach()
+    return *flattened(state), dense.detach()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -171,9 +179,15 @@ def test_the_package_reads_what_is_packed_afresh(
 
 
 def llama(path: Path, config: AOBaseConfig | None) -> LlamaForCausalLM:
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 40}
-    heads = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads))
+    about = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        vocab_size=40,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = LlamaForCausalLM(about)
     model.save_pretrained(path / "plain")
     if config is None:
         return model
@@ -193,6 +207,28 @@ def test_a_sharded_folder_of_transformers(tmp_path: Path) -> None:
         dense = model.get_parameter(name).dequantize()
         assert torch.equal(packed.dequantize().to(dense.dtype), dense)
     assert not [name for name in view if "_weight_" in name]
+
+
+def test_shards_that_say_of_themselves_alone(tmp_path: Path, random: torch.Generator) -> None:
+    weights: dict[str, str] = {}
+    dense: dict[str, Tensor] = {}
+    for shard, (kind, own) in enumerate((("int8", "a"), ("float8", "b"), ("int4 zeros", "c"))):
+        tensors, metadata, found = made(CONFIGS[kind], (16, 64), torch.float32, random)
+        stored = {name.replace(NAME, own): part for name, part in tensors.items()}
+        about = {name.replace(NAME, own): text for name, text in metadata.items()}
+        save_file(stored, tmp_path / f"{shard}.safetensors", about)
+        weights.update(dict.fromkeys(stored, f"{shard}.safetensors"))
+        dense[f"{own}.weight"] = found
+    index = {"metadata": {"total_size": 0}, "weight_map": weights}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    view = viewed(open_checkpoint(str(tmp_path / "model.safetensors.index.json")))
+    assert {name: packed.format.name for name, packed in view.packed.items()} == {
+        "a.weight": "torchao",
+        "b.weight": "torchao-fp8",
+        "c.weight": "torchao",
+    }
+    for name, weight in dense.items():
+        assert torch.equal(view[name].torch(), weight)
 
 
 @pytest.mark.parametrize("name", ["torchao", "torchao-fp8"])
@@ -227,10 +263,10 @@ def test_stacks_of_experts(tmp_path: Path, random: torch.Generator, kind: str) -
     experts = torch.randn(3, 8, 32, generator=random)
     holder = nn.Module()
     holder.gate_up_proj = nn.Parameter(experts)
-    quantize_(holder, FqnToConfig({"gate_up_proj": CONFIGS[kind]}), filter_fn=None)
+    quantize_(holder, FqnToConfig(OrderedDict(gate_up_proj=CONFIGS[kind])), filter_fn=None)
     packed_by_package = holder.gate_up_proj
     state = {"mlp.experts.gate_up_proj": packed_by_package.detach()}
-    packed = only(open_checkpoint(written(tmp_path, *flatten_tensor_state_dict(state))))
+    packed = only(open_checkpoint(written(tmp_path, *flattened(state))))
     assert packed.name == "mlp.experts.gate_up_proj"
     assert torch.equal(packed.dequantize(), packed_by_package.dequantize())
     check_rows(packed)
@@ -274,7 +310,7 @@ def test_int4(
     zero = torch.randn(groups, generator=random).to(dtype)
     size = torch.Size(shape)
     tensor = Int4Tensor(codes.to(torch.int8), scale, zero, [1, group], size)
-    tensors, metadata = flatten_tensor_state_dict({f"{NAME}.weight": tensor})
+    tensors, metadata = flattened({f"{NAME}.weight": tensor})
     packed = only(open_checkpoint(written(tmp_path, tensors, metadata)))
     assert packed.shape == shape
     assert torch.equal(packed.dequantize(), by_nibbles(tensors, group))
@@ -304,7 +340,7 @@ def test_symmetric_int4_stays_symmetric(tmp_path: Path, random: torch.Generator)
     codes = torch.randint(-128, 128, (6, 32), generator=random).to(torch.int8)
     scale = torch.rand(2, 6, generator=random).bfloat16() + 0.1
     tensor = Int4Tensor(codes, scale, torch.zeros_like(scale), [1, 32], torch.Size((6, 64)))
-    stored = flatten_tensor_state_dict({f"{NAME}.weight": tensor})
+    stored = flattened({f"{NAME}.weight": tensor})
     packed = only(open_checkpoint(written(tmp_path, *stored)))
     parts = packed.format.quantize(packed, 3 * packed.dequantize())
     assert not bool(parts["zero"].any())
@@ -328,7 +364,11 @@ def test_damage_and_variants_are_named(tmp_path: Path, random: torch.Generator) 
     assert "do not fit" in refused("b", {"scale": torch.ones(16, 3)})
     assert "differ in shape" in refused("c", {"zero_point": torch.zeros(16, 1, dtype=torch.int8)})
     assert "F32" in refused("d", {"zero_point": torch.zeros(16, 2)})
+    assert "scales F64" in refused("s", {"scale": torch.ones(16, 2, dtype=torch.float64)})
     assert "no JSON" in refused("e", {}, '{"_type": ')
+    for number, entry in enumerate((["_type"], {**told, "_data": 3}, {"_data": {"_type": 1}})):
+        assert "not as torchao writes" in refused(f"e{number}", {}, entry)
+    assert "not as torchao" in refused("p", {}, {**told, "_tensor_data_names": [["qdata"]]})
     names = [*told["_tensor_data_names"], "act_pre_scale"]
     scaled = {**told, "_tensor_data_names": names}
     assert "AWQ or SmoothQuant" in refused("f", {"act_pre_scale": torch.ones(64)}, scaled)
