@@ -23,7 +23,7 @@ from peftsurgery.quantizers.rounding import Subspace
 from peftsurgery.quantizers.surviving import ENOUGH, Survival, survival
 from peftsurgery.reports.base import Row
 
-ROWS = 32  # of each weight
+ROWS, VALUES = 32, 1 << 16  # of each weight at least so many are tried
 OUTSIDE = 1e-3  # of the values: more cannot be written with the scales there are
 TRIED = ("nearest", "subspace", "stochastic")
 
@@ -47,8 +47,9 @@ def foresee(
     repacker = Repacker(target, settings, order, scratch)
     packed, count = repacker.packed, repacker.packed.rows
     per = count // repacker.slabs
-    start = repacker.slabs // 2 * per + max(0, (per - ROWS) // 2)
-    stop = min(start + ROWS, (repacker.slabs // 2 + 1) * per)
+    some = max(ROWS, VALUES // max(1, packed.columns))
+    start = repacker.slabs // 2 * per + max(0, (per - some) // 2)
+    stop = min(start + some, (repacker.slabs // 2 + 1) * per)
     matrix, change = repacker.part(start, stop, tiled=False)
     grid, codes = packed.format.grid(packed, start, stop)
     before, rows = grid.values(codes), slice(start, stop)

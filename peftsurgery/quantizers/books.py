@@ -66,6 +66,8 @@ class Codebook:
     and -0) the first one is chosen.
     """
 
+    unambiguous = False  # whether no two codes stand for one value
+
     def __init__(self, table: Tensor, dtype: torch.dtype = torch.uint8) -> None:
         self.table = table.float()
         self.dtype = dtype  # of the codes
@@ -76,7 +78,7 @@ class Codebook:
         first[1:] = values[1:] != values[:-1]
         self.levels = values[first]
         self.codes = order[first].to(dtype)  # code of every level
-        self.unambiguous = len(self.levels) == len(values)  # no two codes of one value
+        self.unambiguous = len(self.levels) == len(values)
         self.middles = (self.levels[1:] + self.levels[:-1]) / 2
         self._ranked = self.dtype == torch.uint8 and bool(
             (self.codes == torch.arange(len(self.codes))).all()
@@ -99,6 +101,13 @@ class Codebook:
     def high(self) -> float:
         """The greatest value."""
         return float(self.levels[-1])
+
+    @property
+    def reach(self) -> tuple[float, float]:
+        """The range in which rounding cuts nothing off: half of the outermost step beyond them."""
+        levels = self.levels
+        low, high = levels[1] - levels[0], levels[-1] - levels[-2]
+        return float(levels[0] - low / 2), float(levels[-1] + high / 2)
 
     def values(self, codes: Tensor) -> Tensor:
         """The value of every code, fp32."""

@@ -40,6 +40,14 @@ class Floats(Codebook):
     def high(self) -> float:
         return torch.finfo(self.float_dtype).max + self.shift
 
+    @property
+    def reach(self) -> tuple[float, float]:
+        return self.low, self.high
+
+    def near(self, units: Tensor) -> tuple[Tensor, Tensor]:
+        codes = self.nearest(units)
+        return codes, self.values(codes)
+
     def values(self, codes: Tensor) -> Tensor:
         found = codes.view(self.float_dtype).float()
         return found + self.shift if self.shift else found

@@ -83,9 +83,8 @@ class Grid:
         """The share of weights (rows, columns) beyond the outermost values by more than half of
         the outermost step.
         """
-        units, levels = self.units(weight), self.book.levels
-        low = float(levels[0] - (levels[1] - levels[0]) / 2)
-        high = float(levels[-1] + (levels[-1] - levels[-2]) / 2)
+        units = self.units(weight)
+        low, high = self.book.reach
         return float(((units < low) | (units > high)).float().mean())
 
     def rows(self, start: int, stop: int) -> Grid:
