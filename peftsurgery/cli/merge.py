@@ -38,6 +38,13 @@ from peftsurgery.cli.running import Display
     "residual:RANK (what rounding loses goes to an adapter beside the output).",
 )
 @click.option(
+    "--qlora-base",
+    metavar="WHICH",
+    help="What the adapter was trained on: packed (BASE as it is packed; the default), original "
+    "(the unquantized weights, needs --requant from-original:BASE16), or packed:FORMAT for a plain "
+    "BASE that was packed for the training, as packed:nf4.",
+)
+@click.option(
     "--gram",
     type=click.Path(path_type=Path),
     metavar="FILE",
@@ -92,6 +99,7 @@ def merge(
     seed: int,
     requant: str,
     gram: Path | None,
+    qlora_base: str | None,
     min_survival: float | None,
     verify: str,
     tied: str,
@@ -123,6 +131,7 @@ def merge(
             seed=seed,
             requant=requant,
             gram=gram,
+            qlora_base=qlora_base,
             min_survival=min_survival,
             verify=verify,
             tied=tied,

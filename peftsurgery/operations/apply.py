@@ -24,6 +24,7 @@ from peftsurgery.errors import CannotSplit, CheckFailed, UnsupportedError
 from peftsurgery.operations.plan import Edit, Target
 from peftsurgery.operations.rounding import Survival, generator, stochastic, survival_of
 from peftsurgery.quantizers import PackedTensor
+from peftsurgery.quantizers.rounded import RoundedTensor
 
 TILE = 1 << 20  # elements of a row tile: smaller ones drown in dispatch, larger leave the cache
 SAMPLED = 1 << 26  # elements; of larger merges survival is measured on some of the rows
@@ -50,7 +51,9 @@ def output_dtype(target: Target, settings: Settings) -> str:
 
 
 def plain_dtype(tensor: LazyTensor) -> str:
-    """The dtype of a tensor; of a packed one, that of the weight it stands for."""
+    """The dtype of a tensor; of a packed or rounded one, that of the weight it stands for."""
+    if isinstance(tensor, RoundedTensor):
+        return tensor.native
     return tensor.packed.native if isinstance(tensor, PackedTensor) else tensor.dtype
 
 
@@ -145,7 +148,7 @@ class Renderer:
         thread asks for others.
         """
         tensor = self.target.tensor
-        if not isinstance(tensor, PackedTensor) or self.target.resized:
+        if not isinstance(tensor, PackedTensor | RoundedTensor) or self.target.resized:
             return self._stored[start:stop]
         held = getattr(self._window, "held", None)
         if held is None or held[0] != (start, stop):

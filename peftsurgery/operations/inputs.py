@@ -21,7 +21,9 @@ from peftsurgery.operations.plan import MergePlan, plan_merge
 from peftsurgery.operations.strengths import Strength
 from peftsurgery.operations.structure import Structure, replicated
 from peftsurgery.operations.tying import TIED, embedding_rows, tied, with_vocabulary
-from peftsurgery.quantizers import logical
+from peftsurgery.quantizers import Format, PackedCheckpoint, logical
+from peftsurgery.quantizers.packable import packable
+from peftsurgery.quantizers.rounded import rounded
 
 OPEN = ("llm", "generic")  # tables that take any dotted name
 DENSE = ("F64", "F32", "F16", "BF16")
@@ -49,6 +51,7 @@ def open_inputs(
     residual_base: bool = False,
     allow_pickle: bool = False,
     unfinished: bool = False,
+    trained_on: Format | None = None,
 ) -> Inputs:
     """Open and decode everything and place every module on the base; see `plan_merge` for what it
     refuses.
@@ -62,6 +65,8 @@ def open_inputs(
     if tied_weights not in TIED:
         raise UsageError(f"tied {tied_weights!r} is not known. Expected one of: {', '.join(TIED)}.")
     checkpoint = logical(open_checkpoint(base, allow_pickle=allow_pickle))
+    if trained_on is not None:
+        checkpoint = as_trained_on(checkpoint, trained_on)
     if not unfinished:
         refuse_pending(checkpoint)
     opened: list[tuple[str, Adapter | Checkpoint]] = []
@@ -106,6 +111,18 @@ def open_inputs(
         tuple(findings),
         structure.checkpoint is not checkpoint,
     )
+
+
+def as_trained_on(checkpoint: Checkpoint, format: Format) -> Checkpoint:
+    """A plain base as `format` would round its matrices; embeddings and head stay as they are.
+    UsageError for a base that is packed itself.
+    """
+    if isinstance(checkpoint, PackedCheckpoint):
+        raise UsageError(
+            f"{checkpoint.source}: is packed, and says in which format; --qlora-base packed:FORMAT "
+            "is for a plain base. Give --qlora-base packed."
+        )
+    return rounded(checkpoint, packable(checkpoint), format)
 
 
 def _restructured(

@@ -33,12 +33,12 @@ from peftsurgery.operations.merge_report import (
 )
 from peftsurgery.operations.merge_writing import Source, Written, check_container, write_merged
 from peftsurgery.operations.repack import Repack
-from peftsurgery.operations.requant import ROUNDINGS, Requant, parse
+from peftsurgery.operations.requant import ROUNDINGS, Requant, parse, trained_on
 from peftsurgery.operations.staging import staged_beside
 from peftsurgery.operations.strengths import Strength
 from peftsurgery.operations.undo import Merge
 from peftsurgery.operations.undo_writing import check_undoable, identity, write_undo
-from peftsurgery.quantizers import PackedCheckpoint, logical
+from peftsurgery.quantizers import PackedCheckpoint, by_name, logical
 from peftsurgery.reports import Progress
 
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
@@ -57,6 +57,7 @@ def merge(
     seed: int = 0,
     requant: str | Requant = "auto",
     gram: str | Path | None = None,
+    qlora_base: str | None = None,
     min_survival: float | None = None,
     verify: str = "sample",
     tied: str = "error",
@@ -78,7 +79,8 @@ def merge(
     `Requant`; rounding: "nearest", "stochastic", and for packed weights "subspace" (error feedback
     in the input directions of the change), "gptq" (with `gram`, a file of Gram matrices) or "auto",
     which predicts what survives and chooses for each weight. min_survival: None is 0.9 where packed
-    weights are packed again, else no limit. undo: a file that will hold the original
+    weights are packed again, else no limit. qlora_base: what the adapters were trained on, see
+    `requant.trained_on`. undo: a file that will hold the original
     bytes of the touched tensors, for `unmerge`. in_place: no `dst`; the touched tensors are
     overwritten in the base itself under a journal (see `merge_in_place`).
 
@@ -100,9 +102,11 @@ def merge(
         residual_base=residual_base,
         allow_pickle=allow_pickle,
         unfinished=in_place,
+        trained_on=by_name(format) if (format := trained_on(qlora_base, wanted)) else None,
     )
     checkpoint = inputs.base.checkpoint
     repack = Repack(inputs, settings, wanted, gram, min_survival)
+    repack.check_trained_on(qlora_base)
     report = MergeReport("merge")
     if undo is not None:
         others = [str(base), *inputs.names, *([str(dst)] if dst else [])]

@@ -33,6 +33,7 @@ from peftsurgery.operations.repacking import Repacking
 from peftsurgery.operations.requantizing import Order
 from peftsurgery.operations.side_files import copy_side_files
 from peftsurgery.quantizers import PackedCheckpoint, PackedTensor, is_marker
+from peftsurgery.quantizers.rounded import RoundedTensor
 from peftsurgery.reports import Progress
 
 PACKING_KEYS = ("_quantization_metadata",)  # of the file, on its packed weights (ComfyUI)
@@ -170,6 +171,8 @@ def _places(source: Source, settings: Settings) -> dict[Path, list[Place]]:
 def _offset(tensor: LazyTensor) -> int:
     if isinstance(tensor, PackedTensor):
         tensor = next(iter(tensor.packed.parts.values()))
+    if isinstance(tensor, RoundedTensor):
+        tensor = tensor.source
     return (tensor.file_range() or (0, 0))[0]
 
 
@@ -186,7 +189,8 @@ def _as_it_is(source: Source, places: list[Place], settings: Settings) -> bool:
     if source.restructured or settings.dtype:
         return False
     return not any(
-        place.target is not None or isinstance(place.tensor, PackedTensor) for place in places
+        place.target is not None or isinstance(place.tensor, PackedTensor | RoundedTensor)
+        for place in places
     )
 
 
@@ -199,7 +203,7 @@ def _value(
         return _part(place, repacking, joints)
     if place.target is not None:
         return Deferred(outline.dtype, outline.shape, lambda: pipeline.chunks(name), (tensor.path,))
-    if outline.dtype == tensor.dtype and not isinstance(tensor, PackedTensor):
+    if outline.dtype == tensor.dtype and not isinstance(tensor, PackedTensor | RoundedTensor):
         return tensor
     return Deferred(
         outline.dtype, outline.shape, lambda: cast(tensor, outline.dtype), (tensor.path,)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,13 +28,11 @@ from peftsurgery.operations.rounding import generator
 from peftsurgery.operations.side_files import copy_side_files
 from peftsurgery.operations.staging import staged_beside
 from peftsurgery.quantizers import Grid, Packed, PackedTensor, Rounding, by_name, logical, nearest
+from peftsurgery.quantizers.packable import LEFT_OUT, matrices_of, named
 from peftsurgery.quantizers.rounding import feedback, feedback_factor, stochastic
 from peftsurgery.reports import Progress, Report
 from peftsurgery.reports.base import Row
 
-PLAIN = ("F32", "F16", "BF16")
-# What loaders leave alone unless told otherwise: tables of rows, and the head.
-LEFT_OUT = ("*embed*", "*lm_head*", "*wte*", "*wpe*", "shared.weight")
 ROUNDINGS = ("nearest", "stochastic", "gptq")
 
 
@@ -205,28 +202,18 @@ def _chosen(
     that `exclude` names. Raises UsageError for a pattern that names nothing, and when nothing is
     left.
     """
-    matrices = {
-        name: tensor
-        for name, tensor in checkpoint.items()
-        if len(tensor.shape) == 2 and tensor.dtype in PLAIN and name.endswith(".weight")
-    }
+    matrices = matrices_of(checkpoint)
     for pattern in (*only, *exclude):
-        if not any(_named(name, [pattern]) for name in matrices):
+        if not any(named(name, [pattern]) for name in matrices):
             raise UsageError(f"{checkpoint.source}: no matrix has a name like {pattern!r}.")
     chosen = {
         name: tensor
         for name, tensor in matrices.items()
-        if (_named(name, only) if only else not _named(name, LEFT_OUT))
-        and not _named(name, exclude)
+        if (named(name, only) if only else not named(name, LEFT_OUT)) and not named(name, exclude)
     }
     if not chosen:
         raise UsageError(f"{checkpoint.source}: there is no matrix to pack.")
     return chosen
-
-
-def _named(name: str, patterns: Sequence[str]) -> bool:
-    plain = name.removesuffix(".weight")
-    return any(fnmatch.fnmatchcase(n, p) for n in (name, plain) for p in patterns)
 
 
 def _skipped(checkpoint: Checkpoint, jobs: Mapping[str, Packed]) -> list[str] | None:
@@ -238,7 +225,7 @@ def _skipped(checkpoint: Checkpoint, jobs: Mapping[str, Packed]) -> list[str] | 
         for name, tensor in checkpoint.items()
         if len(tensor.shape) == 2 and name.endswith(".weight") and name not in jobs
     ]
-    return None if all(_named(name, LEFT_OUT) for name in left) else left
+    return None if all(named(name, LEFT_OUT) for name in left) else left
 
 
 def _config(

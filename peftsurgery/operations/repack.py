@@ -26,6 +26,7 @@ from peftsurgery.operations.requant import Requant
 from peftsurgery.operations.requantizing import Order
 from peftsurgery.operations.residual import Residual
 from peftsurgery.quantizers import PackedTensor
+from peftsurgery.quantizers.rounded import RoundedTensor
 from peftsurgery.quantizers.surviving import MIN_SURVIVAL
 
 
@@ -79,12 +80,22 @@ class Repack:
                     "--requant dequant."
                 )
 
+    def check_trained_on(self, qlora_base: str | None) -> None:
+        """UsageError where W16 + ΔW is wanted of a packed base and W16 is not given."""
+        if qlora_base == "original" and self.packed and self.requant.mode != "from-original":
+            raise UsageError(
+                f"{self.inputs.base.checkpoint.source}: --qlora-base original: the adapter belongs "
+                "to the unquantized weights, so those are what it has to be added to. Give them: "
+                "--requant from-original:BASE16."
+            )
+
     def refuse_in_place(self) -> None:
-        """UnsupportedError for a merge in place into a base with packed weights."""
-        if any(isinstance(t, PackedTensor) for t in self.inputs.base.checkpoint.values()):
+        """UnsupportedError for a merge in place of packed or rounded weights."""
+        tensors = self.inputs.base.checkpoint.values()
+        if any(isinstance(t, PackedTensor | RoundedTensor) for t in tensors):
             raise UnsupportedError(
-                f"{self.inputs.base.checkpoint.source}: holds packed weights, which are merged "
-                "into a new output only. Give -o DST instead of --in-place."
+                f"{self.inputs.base.checkpoint.source}: packed weights, and plain ones seen as "
+                "packed, are merged into a new output only. Give -o DST instead of --in-place."
             )
 
     def predict(self, report: MergeReport, dst: Path, *, overwrite: bool) -> None:

@@ -44,3 +44,24 @@ def parse(text: str) -> Requant:
             raise UsageError(f"requant {text!r}: expected a rank of at least 1, as in residual:16.")
         return Requant(mode, rank=int(value))
     return Requant(mode)
+
+
+def trained_on(text: str | None, requant: Requant) -> str | None:
+    """Of `--qlora-base`, the format that a plain base is to be rounded in, or None.
+
+    "packed": the adapter was trained on the packed base itself, W4 + ΔW is wanted, which is the
+    default; "original": on the unquantized one, so W16 + ΔW is wanted and W16 has to be given;
+    "packed:FORMAT": BASE is plain, and was packed in FORMAT for the training. UsageError.
+    """
+    if text in (None, "packed"):
+        return None
+    kind, _, format = str(text).partition(":")
+    if kind == "packed":
+        return format
+    if text != "original":
+        raise UsageError(
+            f"qlora-base {text!r} is not known. Expected packed, original or packed:FORMAT."
+        )
+    if requant.mode not in ("auto", "same", "from-original"):
+        raise UsageError(f"--qlora-base original and --requant {requant.mode} exclude each other.")
+    return None

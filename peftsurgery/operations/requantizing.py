@@ -60,6 +60,12 @@ class Repacker:
         self.settings, self.order, self.target = settings, order, target
         source = target if order.original is None else replace(target, tensor=order.original)
         self.renderer = Renderer(source, settings, scratch)
+        # what the format multiplies inputs by, seen from the unquantized weight
+        self._scales = (
+            self.format.input_scales(self.packed, order.original.torch().float())
+            if order.original is not None
+            else None
+        )
 
     def whole(self, *, keep_lost: bool = False) -> Repacked:
         """Every row. Raises CheckFailed when the merge gives NaN or infinity."""
@@ -134,6 +140,9 @@ class Repacker:
             exact, before = self.renderer.exact(start, stop)
             wanted[start:stop] = exact
             torch.sub(exact, before, out=change[start:stop])
+        if self._scales is not None:
+            wanted *= self._scales
+            change *= self._scales
         return wanted, change
 
     def chunks(self) -> Iterator[tuple[int, int]]:

@@ -34,6 +34,9 @@ class AWQ(InputGroups):
     title = "AWQ (GEMM)"
     packs_inputs = False
 
+    def input_scales(self, packed: Packed, original: Tensor) -> Tensor:
+        return input_scales_of_layer(original, packed.dequantize())
+
     def settings(self, where: str, config: Mapping[str, object]) -> dict[str, object]:
         if config.get("bits", 4) != 4 and "quant_method" in config:
             raise UnsupportedError(f"{where}: AWQ of {config['bits']} bits; 4 was expected.")

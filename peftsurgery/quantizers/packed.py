@@ -146,6 +146,12 @@ class Format(abc.ABC):
         """
         return False
 
+    def input_scales(self, packed: Packed, original: Tensor) -> Tensor | None:
+        """s (columns,) where the packed weight is that of W · diag(s) and an operation before it
+        divides by s; None where the format does not do that. `original` is W.
+        """
+        return None
+
     def columns(self, packed: Packed) -> int:
         """Columns of the matrix of a weight."""
         return math.prod(packed.shape[1:])
@@ -167,6 +173,16 @@ class Format(abc.ABC):
         """Rows start:stop of the weight's first dimension, fp32."""
         grid, codes = self.grid(packed, *self.matrix_rows(packed, start, stop))
         return self.to_weight(packed, grid.values(codes))
+
+    def rounded(self, name: str, weight: Tensor, native: str) -> Tensor:
+        """decode(encode(W)) of a plain weight, fp32, without writing anything. UnsupportedError as
+        `fresh`.
+        """
+        packed = self.fresh(name, tuple(weight.shape), native)
+        matrix = self.to_matrix(packed, weight.float())
+        check_finite(name, matrix)
+        grid, _ = self.fit(packed, matrix)
+        return self.to_weight(packed, grid.values(grid.nearest(matrix)))
 
     def quantize(
         self, packed: Packed, weight: Tensor, rounding: Rounding = nearest

@@ -339,3 +339,68 @@ def test_nothing_but_same_and_dequant_has_no_value() -> None:
     assert not parse("dequant").packs
     assert parse("from-original:a:b").original == "a:b"
     assert parse("residual:3").rank == 3
+
+
+def test_an_adapter_of_the_packed_model_is_added_to_the_weights_it_saw(
+    nf4: Path, tmp_path: Path
+) -> None:
+    """A plain base with --qlora-base packed:nf4 gives what the packed base dequantized gives."""
+    lora, plain = adapter(tmp_path, 0.02), tmp_path / "plain"
+    ps.merge(plain, [(lora, 1.0)], tmp_path / "seen", qlora_base="packed:nf4", verify="full")
+    ps.merge(nf4, [(lora, 1.0)], tmp_path / "unpacked", requant="dequant")
+    one, other = state(tmp_path / "seen"), state(tmp_path / "unpacked")
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert float((tensor != other[name]).float().mean()) < 1e-3, name
+    ps.merge(plain, [(lora, 1.0)], tmp_path / "other")
+    away = state(tmp_path / "other")
+    assert any(not torch.equal(tensor, away[name]) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "message"),
+    [
+        ("packed", {"qlora_base": "original"}, "from-original:BASE16"),
+        ("packed", {"qlora_base": "packed:nf4"}, "is for a plain base"),
+        ("packed", {"qlora_base": "other"}, "is not known"),
+        ("packed", {"qlora_base": "original", "requant": "dequant"}, "exclude each other"),
+        ("plain", {"qlora_base": "packed:nf5"}, "nf4"),
+    ],
+)
+def test_what_the_adapter_was_trained_on_has_to_make_sense(
+    nf4: Path, tmp_path: Path, base: str, options: dict[str, str], message: str
+) -> None:
+    lora = adapter(tmp_path, 0.02)
+    with pytest.raises(UsageError, match=message):
+        ps.merge(tmp_path / base, [(lora, 1.0)], tmp_path / "out", **options)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_the_original_goes_through_the_input_scales_of_awq(tmp_path: Path) -> None:
+    """W_awq = W · diag(s): what is to be packed is (W + ΔW) · diag(s)."""
+    plain = write_plain(tmp_path / "plain", 1, torch.float32)
+    random = torch.Generator().manual_seed(5)
+    scales, scaled = {}, {}
+    for name, tensor in state(plain).items():
+        if tensor.ndim == 2 and ".layers." in name:
+            scales[name] = torch.rand(tensor.shape[1], generator=random) * 2 + 0.5
+            tensor = tensor * scales[name]
+        scaled[name] = tensor
+    (tmp_path / "scaled").mkdir()
+    save(tmp_path / "scaled/model.safetensors", scaled)
+    (tmp_path / "scaled/config.json").write_text((plain / "config.json").read_text())
+    ps.quantize(tmp_path / "scaled", tmp_path / "awq", format="awq")
+    lora = adapter(tmp_path, 0.1)
+    ps.merge(
+        tmp_path / "awq",
+        [(lora, 1.0)],
+        tmp_path / "out",
+        requant=f"from-original:{plain}",
+        qlora_base="original",
+        verify="full",
+    )
+    before, after = unpacked(tmp_path / "awq"), unpacked(tmp_path / "out")
+    for name, delta in deltas(lora).items():
+        assert share_kept(before[name], after[name], delta * scales[name]) > 0.9
+        wanted = (state(plain)[name] + delta) * scales[name]
+        assert float((after[name] - wanted).norm() / wanted.norm()) < 0.14

@@ -44,5 +44,5 @@ def test_what_makes_up_no_one_weight() -> None:
     tensors = packed("int8", torch.randn(4, 8))
     two = {**tensors, **{f"y.{name}": tensor for name, tensor in tensors.items()}}
     for wrong in (two, {"x.weight": torch.zeros(3)}):
-        with pytest.raises(UnsupportedError, match="a layer: .* not one packed weight"):
+        with pytest.raises(UnsupportedError, match=r"a layer: .* not one packed weight"):
             held("a layer", wrong)
