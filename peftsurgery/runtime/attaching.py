@@ -14,7 +14,7 @@ from peftsurgery.algorithms import ALGORITHMS, Axis, Full, Replace, WeightAdapte
 from peftsurgery.codec.foreign import foreign_type
 from peftsurgery.errors import Finding, UnsupportedError, UsageError, nearest
 
-from .freezing import freeze
+from .freezing import check_order, freeze, keep_order
 from .hosting import host, is_hosted, stack_of
 from .loading import attach_file, components_of
 from .making import Maker
@@ -114,6 +114,9 @@ def attach(
                 + (_did_you_mean(algorithm) if isinstance(algorithm, str) else ".")
             )
         train = bool(trainable)
+        if train:
+            for part in components_of(model).values():
+                check_order(part)
         loaded, missing, findings = attach_file(
             model,
             algorithm,
@@ -125,14 +128,17 @@ def attach(
             trainable=train,
             strength=strength,
         )
-        if train:
-            for part in components_of(model).values():
+        for part in components_of(model).values():
+            keep_order(part)
+            if train:
                 freeze(part)
         return Attached(name, loaded, missing, findings)
     if not isinstance(model, nn.Module):
         raise UsageError(
             f"{type(model).__name__}: fresh adapters go onto one model; give a component of it."
         )
+    if trainable is not False:
+        check_order(model)
     maker = Maker(
         rank,
         alpha,
@@ -176,6 +182,7 @@ def attach(
         if entry in bases:
             place(site.host, entry, bases[entry])
         stack.add(entry)
+    keep_order(model)
     if trainable is not False:
         freeze(model)
     live = {slot_path(site.path, entry.slot): entry.adapter for site, entry in made}

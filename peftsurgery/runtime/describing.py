@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from peftsurgery.algorithms.layer import Layer
 
+from .packed import is_packed
+
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _PLAIN = (nn.Linear, *CONVOLUTIONS, nn.Embedding)
@@ -14,10 +16,11 @@ _PLAIN = (nn.Linear, *CONVOLUTIONS, nn.Embedding)
 def describe(module: nn.Module) -> Layer | None:
     """The layer of a module whose `weight` adapters can change, or None.
 
-    Recognised by class: Linear and its subclasses (quantized ones keep their forward), Conv1d to
-    Conv3d, Embedding, transformers' Conv1D, and leaves with a 1-D weight (norms of any class).
+    Recognised by class: Linear and its subclasses and packed linears of any class (which keep
+    their forward), Conv1d to Conv3d, Embedding, transformers' Conv1D, and leaves with a 1-D weight
+    (norms of any class).
     """
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) or is_packed(module):
         return Layer("linear")
     if isinstance(module, CONVOLUTIONS):
         return Layer(
@@ -55,6 +58,8 @@ def is_hf_conv1d(module: nn.Module) -> bool:
 
 def runs_plainly(module: nn.Module) -> bool:
     """Whether the module's forward is that of its torch class (so `Layer.apply` is the same)."""
+    if is_packed(module):
+        return False
     forward = getattr(type(module), "hosted_class", type(module)).forward
     if any(isinstance(module, cls) and forward is cls.forward for cls in _PLAIN):
         return True

@@ -21,10 +21,11 @@ from .single import run_single
 from .stack import Stack
 
 STACK = "adapters"
+WRAPPED = "_original_forward_func"  # where compressed-tensors' offloading keeps a forward
 
 
 class Host:
-    """Mixin before the base class in a hosted module's class."""
+    """What a hosted module's class has beside its base class."""
 
     hosted_class: type[nn.Module]
 
@@ -43,14 +44,20 @@ class Host:
 
 @functools.cache
 def hosted(base: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of `base` that runs adapters."""
+    """The subclass of `base` that runs adapters.
+
+    `base` comes first, or the layout of objects would be another one for classes like quanto's
+    QLinear, and the swap refused.
+    """
     names = {
+        "forward": Host.forward,
+        "__reduce_ex__": Host.__reduce_ex__,
         "hosted_class": base,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
     }
-    return type(base.__name__, (Host, base), names)
+    return type(base.__name__, (base, Host), names)
 
 
 def _rebuild(base: type[nn.Module]) -> nn.Module:
@@ -74,13 +81,14 @@ def host(module: nn.Module, layer: Layer, path: str) -> Stack:
     """Swap the class in if that has not happened, and return the module's stack.
 
     UsageError when the module has something named `adapters`, or runs a forward that was put on
-    the instance (it would bypass the adapters).
+    the instance (it would bypass the adapters; that of compressed-tensors rounds the input and
+    calls the class's).
     """
     if is_hosted(module):
         return stack_of(module)
     if hasattr(module, STACK):
         raise UsageError(f"{path}: the module has an attribute {STACK!r} of its own.")
-    if "forward" in module.__dict__:
+    if "forward" in module.__dict__ and not _calls_its_class(module):
         raise UnsupportedError(
             f"{path}: its forward was replaced on the instance (accelerate's dispatch and LyCORIS "
             "do that), which bypasses adapters. Attach first, or remove that hook."
@@ -93,8 +101,19 @@ def host(module: nn.Module, layer: Layer, path: str) -> Stack:
     return stack
 
 
+def _calls_its_class(module: nn.Module) -> bool:
+    """Whether the forward on the instance is the one of compressed-tensors, perhaps below the one
+    of its offloading.
+    """
+    function = getattr(module, WRAPPED, getattr(module.__dict__["forward"], "__func__", None))
+    name = getattr(function, "__globals__", {}).get("__name__", "")
+    return str(name) == "compressed_tensors.quantization.lifecycle.forward"
+
+
 def unhost(module: nn.Module) -> None:
     """Put the class back and drop the stack."""
     assert isinstance(module, Host)
     del module._modules[STACK]
+    if getattr(module, WRAPPED, None) is Host.forward:  # put there while the adapters were
+        setattr(module, WRAPPED, module.hosted_class.forward)
     module.__class__ = module.hosted_class  # pyright: ignore[reportAttributeAccessIssue]

@@ -15,6 +15,7 @@ from peftsurgery.codec.settling import settle
 from peftsurgery.errors import CannotSplit, Finding, UnsupportedError, UsageError, nearest
 
 from .hosting import STACK, host, is_hosted, stack_of
+from .packed import is_packed, logical_shape
 from .stack import Dropout, Entry, parameter_of, slot_path, stacked_path, weight_like
 from .targets import Site, sites
 
@@ -183,6 +184,8 @@ def _shape_at(where: Mapping[str, Mapping[str, Site]], path: str) -> tuple[int, 
     place = _site(where, path, None)
     if place is None:
         return None
+    if place[0].parameter == "weight" and is_packed(place[0].host):
+        return logical_shape(place[0].host)
     weight = parameter_of(place[0].host, place[0].parameter)
     return None if weight is None else tuple(weight.shape)
 

@@ -8,10 +8,24 @@ from torch import Tensor, nn
 
 from peftsurgery.errors import UnsupportedError, UsageError
 from peftsurgery.linalg import RankRule, Triplet, dense_svd
+from peftsurgery.quantizers import by_name, nearest
+from peftsurgery.quantizers.packed import check_finite
 
 from .hosting import is_hosted, stack_of
-from .nf4 import quantize
+from .packed import is_packed
 from .stack import Entry, base_weight
+
+
+def nf4(weight: Tensor) -> Tensor:
+    """What NF4 makes of a matrix (Dettmers et al. 2023, arXiv 2305.14314), fp32: blocks of 64 in
+    row-major order with one fp32 scale each. UsageError for NaN and infinity.
+    """
+    format = by_name("nf4")
+    packed = format.fresh("LoftQ: the weight", tuple(weight.shape), "F32", block=64, nested=False)
+    matrix = weight.detach().float().cpu()
+    check_finite(packed.name, matrix)
+    grid, _ = format.fit(packed, matrix)
+    return grid.values(nearest(matrix, grid)).to(weight.device)
 
 
 def loftq(weight: Tensor, rank: int, iterations: int = 1) -> tuple[Tensor, Triplet]:
@@ -32,7 +46,7 @@ def loftq(weight: Tensor, rank: int, iterations: int = 1) -> tuple[Tensor, Tripl
     found, low = weight, torch.zeros_like(exact)
     triplet: Triplet | None = None
     for _ in range(iterations):
-        found = quantize(exact - low).dequantize().to(weight.dtype)
+        found = nf4(exact - low).to(weight.dtype)
         triplet = dense_svd(exact - found.float(), rule)
         u, s, vh = triplet
         low = (u * s) @ vh
@@ -42,8 +56,14 @@ def loftq(weight: Tensor, rank: int, iterations: int = 1) -> tuple[Tensor, Tripl
 
 def check_replaceable(path: str, module: nn.Module, parameter: str, shared: set[int]) -> None:
     """UsageError when another adapter has replaced this weight, UnsupportedError when other modules
-    read it as well.
+    read it as well or it is packed.
     """
+    if is_packed(module):
+        raise UnsupportedError(
+            f"{path}: LoftQ starts from the weight before it was quantized, and this one is packed "
+            "already. Attach to the unquantized model and quantize it afterwards, or use another "
+            "init."
+        )
     others = stack_of(module).entries if is_hosted(module) else ()
     for other in others:
         if other.original is not None and other.parameter == parameter:

@@ -9,7 +9,8 @@ W_k:
     both     f_k(x) = y + t_k (mapped_k(f_{k-1}(turned_k(x, 1)), b_{k-1}, 1) - y), y = f_{k-1}(x)
     dora     f_k(x) = y + t_k (g (y + change_k(x)) - y) + b, y = f_{k-1}(x) - b_{k-1},
              g = m / ||W_{k-1} + ΔW_k||; per-input magnitudes scale x instead
-    weight   f_k(x) = layer(x, W_k, b_k)
+    weight   f_k(x) = layer(x, W_k, b_k); W_0 of a packed layer is the dequantized weight, and the
+             product is taken in the dtype of x
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from peftsurgery.errors import UnsupportedError, UsageError
 
 from .composing import composed, composed_bias, composed_parameters, substituted
 from .describing import runs_plainly
+from .packed import is_packed
 from .stack import Entry, Stack, strength_of
 
 Arguments = tuple[object, ...]
@@ -137,6 +139,10 @@ class _Call:
         if runs_plainly(self.module):
             weight, bias = composed(self.module, self.entries[:n])
             return self.layer.apply(x, weight, bias)
+        if is_packed(self.module):
+            weight, bias = composed(self.module, self.entries[:n], rounded=False)
+            bias = None if bias is None else bias.to(x.dtype)
+            return self.layer.apply(x, weight.to(x.dtype), bias)
         with substituted(self.module, composed_parameters(self.module, self.entries[:n])):
             y = _base(self.module, (x, *self.rest), self.keywords)
         assert isinstance(y, Tensor)

@@ -15,7 +15,7 @@ from peftsurgery.algorithms.base import is_one
 from peftsurgery.algorithms.layer import Layer
 
 from .running import cast, run
-from .stack import Entry, Stack, strength_of
+from .stack import Entry, Stack, parameter_of, strength_of
 
 _PRECISE = (torch.float32, torch.float64)
 _MANY = 1 << 30  # positions, where their number must not become a guard of a compiled graph
@@ -27,6 +27,8 @@ def run_single(module: nn.Module, stack: Stack, entry: Entry, x: object) -> obje
     side, layer, adapter = entry.side, stack.layer, entry.adapter
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     whole = stack.whole and weight is not None
+    if not whole:
+        bias = parameter_of(module, "bias")  # packed layers of other libraries have plain tensors
     if not isinstance(x, Tensor) or (side == "dora" and not whole):
         return run(module, stack, (x,), {})
     strength = strength_of(entry)

@@ -12,6 +12,8 @@ from peftsurgery.algorithms import WeightAdapter
 from peftsurgery.algorithms.layer import Layer
 from peftsurgery.errors import UnsupportedError, UsageError
 
+from .packed import dense_weight, device_of, is_packed, logical_shape
+
 
 @dataclass(frozen=True)
 class Dropout:
@@ -243,28 +245,28 @@ def parameter_of(module: nn.Module, dotted: str | None) -> Tensor | None:
 
 
 def base_weight(module: nn.Module, dotted: str) -> Tensor:
-    """The base's own weight; UnsupportedError when it is packed."""
+    """The base's own weight, of a packed linear what it stands for; UnsupportedError when that
+    cannot be told.
+    """
+    if dotted == "weight" and is_packed(module):
+        return dense_weight(module)
     weight = parameter_of(module, dotted)
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
         raise UnsupportedError(
             f"{type(module).__name__}.{dotted} holds {kind}: the composed weight is needed here, "
-            "and packed weights have none. Dequantize the layer first."
+            "and what it stands for is not known. Dequantize the layer first."
         )
     return weight
 
 
 def weight_like(module: nn.Module, dotted: str) -> Tensor:
-    """The base's weight, or for a packed Linear a stand-in of its logical shape and device whose
+    """The base's weight, or for a packed linear a stand-in of its logical shape and device whose
     values are zeros: enough to size a fresh adapter.
     """
-    weight = parameter_of(module, dotted)
-    if isinstance(weight, Tensor) and weight.is_floating_point():
-        return weight
-    if not isinstance(module, nn.Linear) or not isinstance(weight, Tensor):
-        return base_weight(module, dotted)
-    zero = torch.zeros((), device=weight.device)
-    return zero.expand(module.out_features, module.in_features)
+    if dotted == "weight" and is_packed(module):
+        return torch.zeros((), device=device_of(module)).expand(logical_shape(module))
+    return base_weight(module, dotted)
 
 
 def slot_path(path: str, slot: int | None) -> str:

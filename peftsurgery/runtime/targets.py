@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from peftsurgery.algorithms.layer import Layer
 from peftsurgery.errors import UsageError, nearest
 
 from .describing import describe
 from .hosting import STACK, is_hosted, stack_of
+from .packed import is_packed
 from .stack import Stack
 
 Predicate = Callable[[str, nn.Module], bool]
@@ -64,8 +65,12 @@ def sites(model: nn.Module) -> dict[str, Site]:
             continue
         layer = stack_of(module).layer if is_hosted(module) else describe(module)
         if layer is not None and layer.kind != "parameter":
-            bias = "bias" if "bias" in module._parameters else None
-            found[path] = Site(path, module, path, layer, bias=bias)
+            held = "bias" in module._parameters or isinstance(getattr(module, "bias", None), Tensor)
+            found[path] = Site(path, module, path, layer, bias="bias" if held else None)
+        if is_packed(module):
+            # its other parameters are parts of the weight, a module below it is what it was made of
+            inside |= {id(m) for m in module.modules()}
+            continue
         for name, parameter in module._parameters.items():
             if parameter is None or (layer is not None and name in ("weight", "bias")):
                 continue

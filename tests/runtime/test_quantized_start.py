@@ -11,8 +11,8 @@ from torch import Generator, nn
 from peftsurgery import runtime
 from peftsurgery.algorithms import LoRA
 from peftsurgery.errors import UnsupportedError, UsageError
-from peftsurgery.runtime import nf4
-from peftsurgery.runtime.quantized_start import loftq
+from peftsurgery.quantizers.bitsandbytes4 import NF4_LEVELS
+from peftsurgery.runtime.quantized_start import loftq, nf4
 from tests.algorithms.cases import close
 from tests.runtime import small
 from tests.runtime.models import ids, layers
@@ -23,34 +23,30 @@ def test_levels_are_quantiles_of_a_normal_distribution() -> None:
     above = torch.special.ndtri(torch.linspace(p, 0.5, 9, dtype=torch.float64)[:-1])
     below = -torch.special.ndtri(torch.linspace(p, 0.5, 8, dtype=torch.float64)[:-1])
     wanted = torch.cat([below, torch.zeros(1).double(), above.flip(0)]) / above[0]
-    close(torch.tensor(nf4.LEVELS), wanted, 1e-6)
+    close(torch.tensor(NF4_LEVELS), wanted, 1e-6)
 
 
 @pytest.mark.parametrize("shape", [(64, 128), (7, 64), (33, 65), (5, 3), (1, 1)])
 def test_every_weight_goes_to_the_nearest_level(shape: tuple[int, ...], rng: Generator) -> None:
     weight = torch.randn(shape, generator=rng) * 3
     weight.view(-1)[64:128] = 0
-    packed = nf4.quantize(weight)
-    got = packed.dequantize()
-    assert packed.codes.max() < 16
+    got = nf4(weight)
     for start in range(0, weight.numel(), 64):
         block = weight.reshape(-1)[start : start + 64]
         top = block.abs().max()
-        choices = torch.tensor(nf4.LEVELS) * top
+        choices = torch.tensor(NF4_LEVELS) * top
         nearest = (block[:, None] - choices).abs().min(1).values
         error = (block - got.reshape(-1)[start : start + 64]).abs()
         close(error.double().sum(), nearest.double().sum(), 1e-5)
-    again = nf4.quantize(got)
-    assert torch.equal(again.dequantize(), got)
+    assert torch.equal(nf4(got), got)
     half = weight.bfloat16()
-    assert torch.equal(nf4.quantize(half).codes, nf4.quantize(half.float()).codes)
+    assert torch.equal(nf4(half), nf4(half.float()))
 
 
 def test_what_nf4_refuses() -> None:
-    with pytest.raises(UsageError, match="NaN or Inf"):
-        nf4.quantize(torch.tensor([1.0, torch.nan]))
-    with pytest.raises(UsageError, match="block of 0"):
-        nf4.quantize(torch.ones(3), 0)
+    for bad in (torch.nan, -torch.inf):
+        with pytest.raises(UsageError, match="NaN or infinity"):
+            nf4(torch.tensor([[1.0, bad]]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -60,7 +56,7 @@ def test_loftq_alternates(rank: int, dtype: torch.dtype, rng: Generator) -> None
     exact = weight.float()
     low, errors = torch.zeros(20, 30), []
     for steps in (1, 2, 3):
-        wanted = nf4.quantize(exact - low).dequantize().to(dtype)
+        wanted = nf4(exact - low).to(dtype)
         u, s, vh = torch.linalg.svd(exact - wanted.float(), full_matrices=False)
         found, (left, middle, right) = loftq(weight, rank, steps)
         close(found, wanted, 1e-2 if steps > 1 else 0.0)  # a rounding may cross a threshold
@@ -69,7 +65,7 @@ def test_loftq_alternates(rank: int, dtype: torch.dtype, rng: Generator) -> None
             close(got, u[:, :rank] @ torch.diag(s[:rank]) @ vh[:rank], 1e-4)
         low = (left * middle) @ right
         errors.append(float((exact - found.float() - got).norm()))
-    assert errors[0] < float((exact - nf4.quantize(exact).dequantize()).norm())
+    assert errors[0] < float((exact - nf4(exact)).norm())
     assert errors[-1] < errors[0] or rank == 40
 
 
@@ -90,7 +86,7 @@ def test_a_model_on_a_quantized_base(init: str, tmp_path: Path) -> None:
     assert isinstance(adapter, LoRA)
     quantized = model.get_submodule(path).weight.detach().clone()  # type: ignore[union-attr, operator]
     if init == "loftq":
-        assert torch.equal(quantized, nf4.quantize(state[f"{path}.weight"]).dequantize())
+        assert torch.equal(quantized, nf4(state[f"{path}.weight"]))
     _, (u, s, vh) = loftq(state[f"{path}.weight"], 6, 4 if init.endswith("4") else 1)
     close(adapter.delta(), u @ torch.diag(s) @ vh, 1e-4)
     optimizer = torch.optim.Adam(runtime.trainable_parameters(model).values(), 1e-2)
