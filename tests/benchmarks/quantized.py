@@ -31,7 +31,14 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from peftsurgery.checkpoint import open_checkpoint, save  # noqa: E402
-from peftsurgery.quantizers import FORMATS, Format, Packed, logical, nearest  # noqa: E402
+from peftsurgery.quantizers import (  # noqa: E402
+    FORMATS,
+    Format,
+    Packed,
+    PackedTensor,
+    logical,
+    nearest,
+)
 from peftsurgery.quantizers.rounding import Subspace, stochastic  # noqa: E402
 from tests.benchmarks.merge import LLAMA, make_llama  # noqa: E402
 from tests.benchmarks.processes import Run, run  # noqa: E402
@@ -56,8 +63,11 @@ def packed_weight(format: Format, folder: Path) -> Packed:
     save(path, file, format.metadata([fresh], []), overwrite=True)
     checkpoint = open_checkpoint(path)
     if config := format.config():
-        checkpoint.config = {"quantization_config": config}
-    return logical(checkpoint)[NAME].packed  # type: ignore[attr-defined]
+        known: dict[str, object] = {"quantization_config": config}
+        checkpoint.config = known
+    tensor = logical(checkpoint)[NAME]
+    assert isinstance(tensor, PackedTensor)
+    return tensor.packed
 
 
 def change(weight: Tensor, size: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,16 +113,18 @@ def survivals(format: Format, folder: Path) -> dict[str, list[tuple[float, float
 def _peft(weight: Tensor, up: Tensor, down: Tensor, layer: torch.nn.Module) -> Tensor:
     """The weight of a bitsandbytes layer after PEFT's merge of a LoRA."""
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
 
     model = torch.nn.Sequential(layer)
     four = type(layer).__name__ == "Linear4bit"  # how PEFT tells: by what transformers would set
     setattr(model, "is_loaded_in_4bit" if four else "is_loaded_in_8bit", True)
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["0"])
     wrapped = get_peft_model(model, config)
-    target = wrapped.base_model.model[0]
+    target = wrapped.get_submodule("base_model.model.0")
+    assert isinstance(target, LoraLayer)
     target.lora_A["default"].weight.data = down.clone()
     target.lora_B["default"].weight.data = up.clone()
-    target.merge()
+    target.merge()  # pyright: ignore[reportCallIssue]
     from peft.utils.integrations import dequantize_module_weight
 
     return dequantize_module_weight(target.base_layer).detach().float()
@@ -120,20 +132,20 @@ def _peft(weight: Tensor, up: Tensor, down: Tensor, layer: torch.nn.Module) -> T
 
 def _peft4(kind: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     def merged(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        import bitsandbytes as bnb
+        from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
-        layer = bnb.nn.Linear4bit(SIDE, SIDE, bias=False, quant_type=kind)
-        layer.weight = bnb.nn.Params4bit(weight.clone(), requires_grad=False, quant_type=kind)
+        layer = Linear4bit(SIDE, SIDE, bias=False, quant_type=kind)
+        layer.weight = Params4bit(weight.clone(), requires_grad=False, quant_type=kind)
         return _peft(weight, up, down, layer.to("cpu"))
 
     return merged
 
 
 def _peft8(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    import bitsandbytes as bnb
+    from bitsandbytes.nn.modules import Int8Params, Linear8bitLt
 
-    layer = bnb.nn.Linear8bitLt(SIDE, SIDE, bias=False, has_fp16_weights=False)
-    layer.weight = bnb.nn.Int8Params(weight.half(), requires_grad=False, has_fp16_weights=False)
+    layer = Linear8bitLt(SIDE, SIDE, bias=False, has_fp16_weights=False)
+    layer.weight = Int8Params(weight.half(), requires_grad=False, has_fp16_weights=False)
     return _peft(weight, up, down, layer.to("cpu"))
 
 

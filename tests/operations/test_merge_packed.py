@@ -203,9 +203,9 @@ def test_gptq_rounding_minds_the_inputs_it_is_given(nf4: Path, tmp_path: Path) -
         grams[name.removesuffix(".weight")] = inputs[name].T @ inputs[name]
     save(tmp_path / "grams.safetensors", grams)
     errors = {}
-    for rounding, more in (("nearest", {}), ("gptq", {"gram": tmp_path / "grams.safetensors"})):
+    for rounding, gram in (("nearest", None), ("gptq", tmp_path / "grams.safetensors")):
         out = tmp_path / rounding
-        ps.merge(nf4, [(lora, 1.0)], out, rounding=rounding, min_survival=0.0, **more)
+        ps.merge(nf4, [(lora, 1.0)], out, rounding=rounding, gram=gram, min_survival=0.0)
         before, after = unpacked(nf4), unpacked(out)
         errors[rounding] = sum(
             float((inputs[n] @ (before[n] + d - after[n]).T).square().sum())
@@ -275,7 +275,7 @@ def test_a_damaged_output_is_noticed(
         part = opened.get(name if broken == "codes" else f"{name}.absmax")
         if part is not None:
             with open(path, "r+b") as file:
-                file.seek(part.file_range()[0] + part.nbytes // 2)
+                file.seek(part.begin + part.nbytes // 2)
                 byte = file.read(1)[0]
                 file.seek(-1, 1)
                 file.write(bytes([byte ^ 0x11]))
