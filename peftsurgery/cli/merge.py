@@ -44,12 +44,7 @@ from peftsurgery.cli.running import Display
     "(the unquantized weights, needs --requant from-original:BASE16), or packed:FORMAT for a plain "
     "BASE that was packed for the training, as packed:nf4.",
 )
-@click.option(
-    "--gram",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Gram matrices of the modules' inputs, for --rounding gptq.",
-)
+@options.gram_for_rounding
 @click.option(
     "--min-survival",
     type=click.FloatRange(0, 1),

@@ -148,3 +148,9 @@ rank = click.option(
     help="16, energy:0.99, fro:0.95, cumulative:0.9, ratio:100, noise, or several: "
     "max:64,energy:0.99.",
 )
+gram_for_rounding = click.option(
+    "--gram",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Gram matrices of the modules' inputs, for --rounding gptq.",
+)

@@ -33,12 +33,7 @@ from peftsurgery.cli.running import Display
     show_default=True,
     help="How codes are chosen; gptq feeds errors forward and needs --gram.",
 )
-@click.option(
-    "--gram",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Gram matrices of the modules' inputs, for --rounding gptq.",
-)
+@options.gram_for_rounding
 @options.seed
 @options.overwrite
 @options.dry_run
