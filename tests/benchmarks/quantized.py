@@ -135,7 +135,11 @@ def _peft4(kind: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
         layer = Linear4bit(SIDE, SIDE, bias=False, quant_type=kind)
-        layer.weight = Params4bit(weight.clone(), requires_grad=False, quant_type=kind)
+        layer.weight = Params4bit(
+            weight.clone(),
+            requires_grad=False,
+            quant_type=kind,  # pyright: ignore[reportCallIssue]
+        )
         return _peft(weight, up, down, layer.to("cpu"))
 
     return merged
@@ -145,7 +149,11 @@ def _peft8(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
     from bitsandbytes.nn.modules import Int8Params, Linear8bitLt
 
     layer = Linear8bitLt(SIDE, SIDE, bias=False, has_fp16_weights=False)
-    layer.weight = Int8Params(weight.half(), requires_grad=False, has_fp16_weights=False)
+    layer.weight = Int8Params(
+        weight.half(),
+        requires_grad=False,
+        has_fp16_weights=False,  # pyright: ignore[reportCallIssue]
+    )
     return _peft(weight, up, down, layer.to("cpu"))
 
 
