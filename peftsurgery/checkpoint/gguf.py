@@ -14,7 +14,7 @@ from peftsurgery.checkpoint.gguf_header import MAGIC, GGUFHeader, GGUFTensorInfo
 from peftsurgery.checkpoint.header import DEFAULT_LIMITS, Limits, open_regular, shape_problem
 from peftsurgery.checkpoint.strict_json import shown
 from peftsurgery.checkpoint.tensors import FileMap, LazyTensor
-from peftsurgery.errors import UnsafeInputError
+from peftsurgery.errors import UnsafeInputError, UsageError
 
 SLICE = re.compile(r"(?P<name>.+)\[(?P<index>\d+)\]", re.DOTALL)
 
@@ -93,13 +93,13 @@ def slice_of(tensor: LazyTensor, index: int) -> LazyTensor:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file is one, by its name or by its first bytes."""
+    """Whether a regular file is one, by its name or by its first bytes; nothing else is opened."""
     if path.name.lower().endswith(".gguf"):
         return True
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             return file.read(4) == MAGIC
-    except OSError:
+    except UsageError:  # said by whoever opens it next
         return False
 
 
