@@ -306,7 +306,7 @@ def test_rows_that_do_not_fit_blocks(
         assert torch.equal(PackedTensor(packed).rows(start, stop).torch(), expected[start:stop])
     assert np.array_equal(packed.format.quantize(packed, expected)["weight"].numpy(), raw)
     changed = expected.clone()
-    changed[2] += 0.3 * expected.norm() / math.sqrt(count) * torch.randn(shape[1:])
+    changed[2] *= 0.5
     made = packed.format.quantize(packed, changed)["weight"].numpy()
     back = torch.from_numpy(quants.dequantize(made, kind_of(name))).reshape(shape)
     assert not torch.equal(back[2], expected[2])
