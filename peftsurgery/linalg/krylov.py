@@ -77,7 +77,7 @@ class KrylovSpace:
         unit = 0.0
         for start, tile in self.source.tiles():
             some = torch.mm(tile, basis, out=image[start : start + tile.shape[0]])
-            size = math.sqrt(square(some))
+            size = float(torch.linalg.vector_norm(some, dtype=torch.float64))
             if size > JUMP * unit:  # squares of 1e-25 or 1e25 are beyond fp32: count in units
                 back *= (unit / size) ** 2
                 unit = size

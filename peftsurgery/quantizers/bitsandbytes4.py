@@ -172,7 +172,7 @@ class Bits4(Format):
         far from it and is the better scale.
         """
         top = float(book.levels[-1] - book.levels[-2]) / 2  # beyond that, rounding cuts off
-        moved = ((largest > old * (1 + top)) | (largest < old * (1 - top))).nonzero()[:, 0]
+        moved = ((largest > old * (1 + top / 8)) | (largest < old * (1 - top))).nonzero()[:, 0]
         one, other = (Grid(book, absmax[moved, None]) for absmax in (old, largest))
         changed = better(wide[moved], one, other)[:, 0]
         absmax = old.clone()

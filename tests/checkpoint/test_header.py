@@ -254,7 +254,6 @@ def test_header_over_the_limit_and_over_the_file(tmp_path):
         (b"\x89PNG\r\n\x1a\n" + bytes(40), "not a safetensors file"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         (b"<!DOCTYPE html><html>", "a web page"),
-        (b"GGUF\x03\0\0\0" + bytes(40), "a GGUF file"),
         (b"PK\x03\x04" + bytes(40), "a zip archive"),
     ],
 )

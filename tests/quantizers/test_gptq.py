@@ -13,7 +13,7 @@ from torch import Tensor
 from peftsurgery.checkpoint import open_checkpoint
 from peftsurgery.errors import UnsupportedError, UsageError
 from peftsurgery.quantizers import by_name
-from peftsurgery.quantizers.rounding import feedback
+from peftsurgery.quantizers.rounding import feedback, feedback_factor
 from tests.quantizers.integer_files import (
     again,
     check_merged,
@@ -185,7 +185,7 @@ def test_gptq_rounding_beats_nearest_on_its_inputs(random: torch.Generator) -> N
     gram = inputs @ inputs.T + 0.01 * torch.eye(64)
     packed = format.fresh("x.weight", (32, 64), "F16", group=32)
     losses = []
-    for rounding in (None, lambda w, grid, _: feedback(w, grid, gram)):
+    for rounding in (None, lambda w, grid, _: feedback(w, grid, feedback_factor(gram))):
         parts = format.quantize(packed, weight, *([rounding] if rounding else []))
         losses.append(float(((again(packed, parts) - weight) @ inputs).square().sum()))
     assert losses[1] < 0.7 * losses[0]
