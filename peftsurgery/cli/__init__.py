@@ -14,7 +14,7 @@ COMMANDS = {  # name (its module in this package, dashes as underscores): first 
     "extract": "Take what a fine-tune changed out of it, as an adapter.",
     "combine": "Combine adapters into one, of any layouts, algorithms and ranks.",
     "unmerge": "Restore the base of a merged checkpoint, bit for bit.",
-    "quantize": "Pack the matrices of a checkpoint in a quantized format, with the config loaders need.",
+    "quantize": "Pack the matrices of a checkpoint in a quantized format.",
     "dequantize": "Write a packed checkpoint with plain weights.",
     "verify": "Say whether a merged checkpoint really is base + adapters.",
 }

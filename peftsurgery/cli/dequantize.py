@@ -26,9 +26,10 @@ def dequantize(
     dry_run: bool,
     display: Display,
 ) -> None:
-    """Write a packed checkpoint with plain weights, and take the packing out of its config.
+    """Write a packed checkpoint with plain weights.
 
-    Each weight gets the dtype it was packed from unless --dtype says otherwise.
+    What its configs say of the packing is taken out. Each weight gets the dtype it was packed from
+    unless --dtype says otherwise.
     """
     from peftsurgery.operations.quantize import dequantize as operation
 

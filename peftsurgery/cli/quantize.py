@@ -58,10 +58,11 @@ def quantize(
     allow_pickle: bool,
     display: Display,
 ) -> None:
-    """Pack the matrices of a checkpoint in a quantized format, with the config loaders need.
+    """Pack the matrices of a checkpoint in a quantized format.
 
     BASE is a file, a sharded index, a folder or a hub id. Embeddings and the head stay plain unless
-    --only names them; the report says what every weight lost.
+    --only names them, and the config that loaders need is written; the report says what every
+    weight lost.
     """
     from peftsurgery.operations.quantize import quantize as operation
 
