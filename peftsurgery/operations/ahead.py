@@ -13,8 +13,8 @@ Result = TypeVar("Result")
 
 
 class Ahead(Generic[Result]):
-    """`make(name)` for every name, in the order given and before it is asked for: one under way
-    for every thread, and one made. Taken in any order.
+    """`make(name)` for every name, in the order given and before it is asked for: as many as there
+    are threads, since each takes the memory of a whole tensor. Taken in any order.
     """
 
     def __init__(self, names: Sequence[str], make: Callable[[str], Result]) -> None:
@@ -41,7 +41,7 @@ class Ahead(Generic[Result]):
         return result
 
     def _fill(self) -> None:
-        while self._names and len(self._jobs) <= self._count:
+        while self._names and len(self._jobs) < self._count:
             self._submit(next(iter(self._names)))
 
     def _submit(self, name: str) -> None:
