@@ -82,12 +82,27 @@ def _repacked_differs(
     assert isinstance(target.tensor, PackedTensor)
     if not isinstance(found, PackedTensor) or found.shape != target.tensor.shape:
         return f"{name!r} (is no longer {target.tensor.packed.format.title})"
+    role = altered_part(name, found, digests)
+    if role is not None:
+        return f"{name!r} (its {role} is not what was written)"
+    rows = differs(Repacker(target, settings, order), found.packed.parts, full=full)
+    return None if rows is None else f"{name!r} (rows {rows})"
+
+
+def altered_part(
+    name: str, found: PackedTensor, digests: Mapping[tuple[str, str], bytes]
+) -> str | None:
+    """The first role of a packed weight whose bytes are not those that were made."""
     for role, part in found.packed.parts.items():
         expected = digests.get((name, role))
         if expected is not None and hashlib.sha256(part.read()).digest() != expected:
-            return f"{name!r} (its {role} is not what was written)"
-    rows = differs(Repacker(target, settings, order), found.packed.parts, full=full)
-    return None if rows is None else f"{name!r} (rows {rows})"
+            return role
+    return None
+
+
+def same_bytes(first: LazyTensor, second: LazyTensor) -> bool:
+    """Whether two tensors have the same bytes."""
+    return _same(first.read(), second.read())
 
 
 def tile_that_differs(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +20,7 @@ from peftsurgery.operations.apply import TILE, Settings
 from peftsurgery.operations.grams import Grams
 from peftsurgery.operations.journal import refuse_pending
 from peftsurgery.operations.merge import DTYPES, check_output
-from peftsurgery.operations.merge_proof import differences
+from peftsurgery.operations.merge_proof import altered_part, differences, same_bytes
 from peftsurgery.operations.merge_writing import Source, write_merged
 from peftsurgery.operations.repacking import Digests, digests
 from peftsurgery.operations.rounding import generator
@@ -340,15 +339,12 @@ def _prove(checkpoint: Checkpoint, jobs: Mapping[str, Packed], staged: Path, mad
         if written is None:
             problems.append(f"{name!r} (missing)")
         elif name not in jobs:
-            if bytes(tensor.read()) != bytes(written.read()):
+            if not same_bytes(tensor, written):
                 problems.append(f"{name!r} (untouched, but its bytes changed)")
         elif not isinstance(written, PackedTensor) or written.shape != tuple(tensor.shape):
             problems.append(f"{name!r} (not recognised as {jobs[name].format.title})")
-        else:
-            for role, part in written.packed.parts.items():
-                expected = made.get((name, role))
-                if expected and hashlib.sha256(part.read()).digest() != expected:
-                    problems.append(f"{name!r} (its {role} is not what was made)")
+        elif (role := altered_part(name, written, made)) is not None:
+            problems.append(f"{name!r} (its {role} is not what was made)")
     _check(problems)
 
 

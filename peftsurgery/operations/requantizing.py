@@ -122,7 +122,7 @@ class Repacker:
         the same tiles, which products over other numbers of rows are not.
         """
         target = self.target
-        if self._known is None or target.rows != self.packed.rows:
+        if self.known_feedback is None or target.rows != self.packed.rows:
             return self.matrices()
         if not tiled:
             return self._filled([(start, stop)])
@@ -183,8 +183,8 @@ class Repacker:
 
     def _feedback(self, start: int, change: Tensor, grid: Grid) -> Subspace:
         """Error feedback in the input directions of the change around row `start`."""
-        if self._known is not None:
-            return self._known
+        if self.known_feedback is not None:
+            return self.known_feedback
         per = self.packed.rows // self.slabs
         slab = start // per
         if self._found is None or self._found[0] != slab:
@@ -206,7 +206,8 @@ class Repacker:
     _factor: tuple[Subspace, Tensor] | None = None
 
     @cached_property
-    def _known(self) -> Subspace | None:
+    def known_feedback(self) -> Subspace | None:
+        """The feedback that holds for every row, for another `Order` of the same weight too."""
         if self.order.feedback is not None:
             return self.order.feedback
         basis = self._from_factors()
@@ -214,11 +215,6 @@ class Repacker:
             return None
         grid, _ = self.format.grid(self.packed, 0, 1)
         return Subspace.of(basis, grid.group)
-
-    @property
-    def known_feedback(self) -> Subspace | None:
-        """The feedback that holds for every row, for another `Order` of the same weight."""
-        return self._known
 
     def _from_factors(self) -> Tensor | None:
         """The row space of the down factors, when every edit is a LoRA on this orientation."""

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from peftsurgery.errors import UnsupportedError
 from peftsurgery.quantizers import bits
 from peftsurgery.quantizers.books import Codebook
 from peftsurgery.quantizers.float8 import KEPT
@@ -93,3 +94,16 @@ class ScaledFloat4(Format, abc.ABC):
 def kept_parts(packed: Packed) -> dict[str, Tensor]:
     """The parts that come back as they were."""
     return {role: packed.whole(role) for role in packed.parts if role.startswith(KEPT)}
+
+
+def layer_of(title: str, name: str, shape: tuple[int, ...], group: int) -> str:
+    """The layer whose `.weight` (outputs, inputs) is to be packed in groups of `group` inputs.
+    UnsupportedError for another name or shape.
+    """
+    module = name.removesuffix(".weight")
+    if len(shape) != 2 or shape[1] % group or module == name:
+        raise UnsupportedError(
+            f"{name!r}: {title}: expected the `.weight` of a layer, (outputs, inputs) "
+            f"with a multiple of {group} inputs; this is {list(shape)}."
+        )
+    return module

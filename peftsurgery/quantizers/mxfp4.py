@@ -21,7 +21,7 @@ from torch import Tensor
 from peftsurgery.checkpoint import Checkpoint
 from peftsurgery.errors import UnsupportedError, UsageError
 from peftsurgery.quantizers.compressed_float8 import compressed_config
-from peftsurgery.quantizers.float4 import ScaledFloat4, kept_parts
+from peftsurgery.quantizers.float4 import ScaledFloat4, kept_parts, layer_of
 from peftsurgery.quantizers.float8 import kept, scales_of
 from peftsurgery.quantizers.grids import Grid
 from peftsurgery.quantizers.packed import Outline, Packed, found
@@ -173,12 +173,7 @@ class CompressedMxfp4(PowerScaled):
         return stored(floors(largest) + upper.to(torch.int32) - 2)
 
     def fresh(self, name: str, shape: tuple[int, ...], native: str, **options: object) -> Packed:
-        module = name.removesuffix(".weight")
-        if len(shape) != 2 or shape[1] % GROUP or module == name:
-            raise UnsupportedError(
-                f"{name!r}: {self.title}: expected the `.weight` of a layer, (outputs, inputs) "
-                f"with a multiple of {GROUP} inputs; this is {list(shape)}."
-            )
+        module = layer_of(self.title, name, shape, GROUP)
         outlines = {
             "weight": Outline(f"{module}.weight_packed", "U8", (shape[0], shape[1] // 2)),
             "scale": Outline(f"{module}.weight_scale", "U8", (shape[0], shape[1] // GROUP)),
