@@ -232,7 +232,7 @@ def _write_undo(
 ) -> tuple[Path, ...]:
     """Originals of all tensors that the written checkpoint does not hold as they were."""
     seen = inputs.base.checkpoint
-    written = open_checkpoint(_entry(seen, staged))
+    written = reopened(seen, staged)
     base = open_checkpoint(seen.path) if inputs.restructured else seen
     parts: dict[str, str] = {}  # of packed weights -> the weight
     if isinstance(seen, PackedCheckpoint):
@@ -282,7 +282,7 @@ def _prove(
     """Reopen what was written: touched tensors recomputed (a tile each, or all), the others
     compared with the base.
     """
-    found = open_checkpoint(_entry(inputs.base.checkpoint, staged))
+    found = reopened(inputs.base.checkpoint, staged)
     if settings.requant == "same":
         found = logical(found)
     problems = differences(
@@ -302,7 +302,7 @@ def _prove(
         )
 
 
-def _entry(base: Checkpoint, staged: Path) -> Path:
-    if staged.is_dir() and base.kind == "sharded":
-        return staged / base.path.name
-    return staged
+def reopened(base: Checkpoint, staged: Path) -> Checkpoint:
+    """What was written to `staged` in the form of `base`, opened as that was."""
+    lone = staged.is_dir() and base.kind == "sharded"
+    return open_checkpoint(staged / base.path.name if lone else staged)

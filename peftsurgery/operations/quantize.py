@@ -19,7 +19,7 @@ from peftsurgery.operations.ahead import Ahead
 from peftsurgery.operations.apply import TILE, Settings
 from peftsurgery.operations.grams import Grams
 from peftsurgery.operations.journal import refuse_pending
-from peftsurgery.operations.merge import DTYPES, check_output
+from peftsurgery.operations.merge import DTYPES, check_output, reopened
 from peftsurgery.operations.merge_proof import altered_part, differences, same_bytes
 from peftsurgery.operations.merge_writing import Source, write_merged
 from peftsurgery.operations.repacking import Digests, digests
@@ -184,7 +184,7 @@ def dequantize(
     source = Source(seen, {}, {"peftsurgery.operation": "dequantize"})
     with staged_beside(dst, folder=seen.path.is_dir() or seen.kind == "sharded") as staged:
         write_merged(source, settings, staged, {}, progress=progress)
-        problems = differences(seen, {}, settings, _reopened(seen, staged), full=True)
+        problems = differences(seen, {}, settings, reopened(seen, staged), full=True)
         _check(problems)
         report.summary["check"] = "reopened: every tensor equal to the packed one, rounded once"
         report.outputs.extend(str(path) for path in publish(staged, dst, overwrite=overwrite))
@@ -323,16 +323,11 @@ def _metadata(checkpoint: Checkpoint, format: str) -> dict[str, str]:
     return known
 
 
-def _reopened(checkpoint: Checkpoint, staged: Path) -> Checkpoint:
-    lone = staged.is_dir() and checkpoint.kind == "sharded"
-    return open_checkpoint(staged / checkpoint.path.name if lone else staged)
-
-
 def _prove(checkpoint: Checkpoint, jobs: Mapping[str, Packed], staged: Path, made: Digests) -> None:
     """Reopen: every packed weight is recognised, its parts are those that were made, and all other
     tensors have their bytes.
     """
-    found = logical(_reopened(checkpoint, staged))
+    found = logical(reopened(checkpoint, staged))
     problems: list[str] = []
     for name, tensor in checkpoint.items():
         written = found.get(name)
