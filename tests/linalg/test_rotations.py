@@ -8,11 +8,6 @@ import torch
 from peftsurgery.linalg import rotations
 
 
-@pytest.fixture
-def rng() -> torch.Generator:
-    return torch.Generator().manual_seed(torch.seed() % 2**31)
-
-
 @pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0, 30.0])
 def test_cayley_and_its_gradient(scale: float, rng: torch.Generator) -> None:
     skew = rotations.skew_part(torch.randn(5, 7, 7, generator=rng)) * scale

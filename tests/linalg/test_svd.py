@@ -247,10 +247,9 @@ def test_spectra_that_cannot_be_judged() -> None:
 
 
 @pytest.mark.parametrize("cancel", [0.0, 1.0 - 1e-5])
-def test_rough_norm(cancel: float) -> None:
-    generator = torch.Generator().manual_seed(int(torch.seed()) % 2**31)
-    up = torch.randn(80, 5, generator=generator)
-    down = torch.randn(5, 60, generator=generator)
+def test_rough_norm(cancel: float, rng: Generator) -> None:
+    up = torch.randn(80, 5, generator=rng)
+    down = torch.randn(5, 60, generator=rng)
     left, right = torch.cat([up, -cancel * up], 1), torch.cat([down, down])
     exact = float(torch.linalg.norm(left.double() @ right.double()))
     assert low_rank_norm(left, right, rough=True) == pytest.approx(exact, rel=1e-4)

@@ -32,11 +32,6 @@ CONFIG: dict[str, object] = {"quant_method": "awq", "bits": 4, "group_size": 16}
 CONFIG |= {"zero_point": True, "version": "gemm"}
 
 
-@pytest.fixture
-def random() -> torch.Generator:
-    return torch.Generator().manual_seed(torch.seed() % 2**31)
-
-
 def interleaved(codes: Tensor) -> Tensor:
     """Rows of codes as AWQ's words."""
     columns = [8 * (place // 8) + NIBBLES[place % 8] for place in range(codes.shape[1])]
@@ -44,12 +39,12 @@ def interleaved(codes: Tensor) -> Tensor:
 
 
 def made(
-    random: torch.Generator, shape: tuple[int, int] = (40, 48)
+    rng: torch.Generator, shape: tuple[int, int] = (40, 48)
 ) -> tuple[dict[str, Tensor], Tensor]:
     outputs, inputs = shape
-    codes = torch.randint(0, 16, (inputs, outputs), generator=random)
-    zeros = torch.randint(0, 16, (inputs // 16, outputs), generator=random)
-    scales = (torch.rand(inputs // 16, outputs, generator=random) * 0.1 + 0.01).half()
+    codes = torch.randint(0, 16, (inputs, outputs), generator=rng)
+    zeros = torch.randint(0, 16, (inputs // 16, outputs), generator=rng)
+    scales = (torch.rand(inputs // 16, outputs, generator=rng) * 0.1 + 0.01).half()
     weight = torch.empty(outputs, inputs)
     for i in range(inputs):
         weight[:, i] = (codes[i] - zeros[i // 16]).half() * scales[i // 16]
@@ -63,20 +58,20 @@ def made(
 
 @pytest.mark.parametrize("config", [CONFIG, None])
 def test_decodes_and_keeps_its_bytes(
-    tmp_path: Path, random: torch.Generator, config: dict[str, object] | None
+    tmp_path: Path, rng: torch.Generator, config: dict[str, object] | None
 ) -> None:
-    tensors, weight = made(random)
+    tensors, weight = made(rng)
     packed = only(folder(tmp_path, tensors, config))
     assert packed.format.name == "awq"
     assert torch.equal(packed.dequantize().half(), weight.half())
     check_rows(packed)
     check_unchanged(packed)
-    check_merged(packed, random)
+    check_merged(packed, rng)
 
 
-def test_packs_afresh_within_half_a_step(tmp_path: Path, random: torch.Generator) -> None:
+def test_packs_afresh_within_half_a_step(tmp_path: Path, rng: torch.Generator) -> None:
     format = by_name("awq")
-    weight = torch.randn(40, 48, generator=random)
+    weight = torch.randn(40, 48, generator=rng)
     weight[3] = 0
     weight[7] = weight[7].abs() + 1
     config = format.config(group=16)
@@ -93,15 +88,15 @@ def test_packs_afresh_within_half_a_step(tmp_path: Path, random: torch.Generator
 
 @pytest.mark.parametrize("version", ["gemv", "gemv_fast", "marlin", "exllama", "llm-awq"])
 def test_other_layouts_are_refused_by_name(
-    tmp_path: Path, random: torch.Generator, version: str
+    tmp_path: Path, rng: torch.Generator, version: str
 ) -> None:
-    tensors, _ = made(random)
+    tensors, _ = made(rng)
     with pytest.raises(UnsupportedError, match=version):
         only(folder(tmp_path, tensors, CONFIG | {"version": version}))
 
 
-def test_damage_is_named(tmp_path: Path, random: torch.Generator) -> None:
-    tensors, _ = made(random)
+def test_damage_is_named(tmp_path: Path, rng: torch.Generator) -> None:
+    tensors, _ = made(rng)
     lacking = {name: tensor for name, tensor in tensors.items() if "scales" not in name}
     with pytest.raises(UsageError, match="scales"):
         only(folder(tmp_path / "a", lacking, CONFIG))
@@ -127,12 +122,12 @@ def rounded(weight: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("offset", [0.0, 1.0])
-def test_scales_behind_a_norm(random: torch.Generator, offset: float, dtype: torch.dtype) -> None:
-    gain = torch.rand(64, generator=random) + 0.3
+def test_scales_behind_a_norm(rng: torch.Generator, offset: float, dtype: torch.dtype) -> None:
+    gain = torch.rand(64, generator=rng) + 0.3
     gain[::3] *= -1
     gain[5] = 0
     norm = (gain - offset).to(dtype)
-    scales = torch.rand(64, generator=random) * 3 + 0.2
+    scales = torch.rand(64, generator=rng) * 3 + 0.2
     scaled = ((norm.float() + offset) / scales - offset).to(dtype)
     found = input_scales_of_norm(norm, scaled, offset=offset)
     error = (found / scales - 1).abs()
@@ -141,11 +136,11 @@ def test_scales_behind_a_norm(random: torch.Generator, offset: float, dtype: tor
     assert float(found[5]) == 1
 
 
-def test_scales_behind_a_linear_layer(random: torch.Generator) -> None:
-    weight = torch.randn(48, 256, generator=random)
+def test_scales_behind_a_linear_layer(rng: torch.Generator) -> None:
+    weight = torch.randn(48, 256, generator=rng)
     weight[4] = 0
-    inputs = torch.rand(256, generator=random) * 3 + 0.2
-    scales = torch.rand(48, generator=random) * 3 + 0.2
+    inputs = torch.rand(256, generator=rng) * 3 + 0.2
+    scales = torch.rand(48, generator=rng) * 3 + 0.2
     scaled = rounded(weight * inputs / scales[:, None])
     found = input_scales_of_linear(weight, scaled, inputs=inputs)
     assert float(found[4]) == 1
@@ -155,28 +150,28 @@ def test_scales_behind_a_linear_layer(random: torch.Generator) -> None:
     assert float((plain / scales - 1).abs()[keep].max()) < 0.05
 
 
-def test_scales_from_the_layer_itself(random: torch.Generator) -> None:
-    weight = torch.randn(512, 64, generator=random)
-    scales = torch.rand(64, generator=random) * 3 + 0.5
+def test_scales_from_the_layer_itself(rng: torch.Generator) -> None:
+    weight = torch.randn(512, 64, generator=rng)
+    scales = torch.rand(64, generator=rng) * 3 + 0.5
     found = input_scales_of_layer(weight, rounded(weight * scales))
     assert float((found / scales - 1).abs().max()) < 0.05
 
 
 def test_a_change_turned_into_awq_gives_the_outputs_of_the_tuned_model(
-    random: torch.Generator,
+    rng: torch.Generator,
 ) -> None:
     """(W·diag(s) + B·A·diag(s)) (x / s) = (W + B·A) x, with s found from the norm alone."""
-    norm, x = torch.rand(64, generator=random) + 0.5, torch.randn(64, 7, generator=random)
-    weight, scales = torch.randn(32, 64, generator=random), torch.rand(64, generator=random) + 0.5
-    change = torch.randn(32, 3, generator=random) @ torch.randn(3, 64, generator=random)
+    norm, x = torch.rand(64, generator=rng) + 0.5, torch.randn(64, 7, generator=rng)
+    weight, scales = torch.randn(32, 64, generator=rng), torch.rand(64, generator=rng) + 0.5
+    change = torch.randn(32, 3, generator=rng) @ torch.randn(3, 64, generator=rng)
     found = input_scales_of_norm(norm, norm / scales)
     wanted = (weight + change) @ (norm[:, None] * x)
     got = (weight * scales + change * found) @ ((norm / scales)[:, None] * x)
     assert torch.allclose(got, wanted, atol=1e-3)
 
 
-def test_weights_that_do_not_belong_together_are_refused(random: torch.Generator) -> None:
-    one, other = torch.randn(2, 32, 64, generator=random)
+def test_weights_that_do_not_belong_together_are_refused(rng: torch.Generator) -> None:
+    one, other = torch.randn(2, 32, 64, generator=rng)
     with pytest.raises(UsageError, match="belong together"):
         input_scales_of_linear(one, other)
     with pytest.raises(UsageError, match="belong together"):

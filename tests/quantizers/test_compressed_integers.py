@@ -34,11 +34,6 @@ PLAIN: type[BaseCompressor] = IntQuantizationCompressor
 Made = tuple[dict[str, Tensor], dict[str, object], QuantizationScheme, Tensor]
 
 
-@pytest.fixture
-def random() -> torch.Generator:
-    return torch.Generator().manual_seed(torch.seed() % 2**31)
-
-
 def made(
     compressor: type[BaseCompressor],
     weight: Tensor,
@@ -82,14 +77,14 @@ def made(
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
 def test_reads_what_the_library_packs(
     tmp_path: Path,
-    random: torch.Generator,
+    rng: torch.Generator,
     bits: int,
     strategy: str,
     group: int | None,
     symmetric: bool,
 ) -> None:
     dtype = torch.bfloat16 if bits % 2 else torch.float16
-    weight = (torch.randn(37, 80, generator=random) * 0.1).to(dtype)
+    weight = (torch.randn(37, 80, generator=rng) * 0.1).to(dtype)
     weight[5] = 0
     tensors, config, _, dense = made(
         PACKED, weight, bits=bits, strategy=strategy, group=group, symmetric=symmetric
@@ -105,24 +100,24 @@ def test_reads_what_the_library_packs(
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("strategy", ["channel", "tensor"])
 def test_reads_what_the_library_stores_as_bytes(
-    tmp_path: Path, random: torch.Generator, strategy: str, symmetric: bool
+    tmp_path: Path, rng: torch.Generator, strategy: str, symmetric: bool
 ) -> None:
-    weight = torch.randn(37, 45, generator=random)
+    weight = torch.randn(37, 45, generator=rng)
     tensors, config, _, dense = made(PLAIN, weight, bits=8, strategy=strategy, symmetric=symmetric)
-    tensors[f"{NAME}.input_scale"] = torch.rand(1, generator=random)
+    tensors[f"{NAME}.input_scale"] = torch.rand(1, generator=rng)
     packed = only(folder(tmp_path, tensors, config))
     assert torch.equal(packed.dequantize(), dense)
     check_rows(packed)
     check_unchanged(packed)
     if strategy == "channel":
-        check_merged(packed, random)
+        check_merged(packed, rng)
 
 
 @pytest.mark.parametrize("compressor", [PACKED, PLAIN])
 def test_symmetric_weights_with_zeros_stay_symmetric(
-    tmp_path: Path, random: torch.Generator, compressor: type[BaseCompressor]
+    tmp_path: Path, rng: torch.Generator, compressor: type[BaseCompressor]
 ) -> None:
-    weight = torch.randn(24, 32, generator=random)
+    weight = torch.randn(24, 32, generator=rng)
     tensors, config, _, dense = made(compressor, weight, bits=8, strategy="channel")
     tensors[f"{NAME}.weight_zero_point"] = torch.zeros(24, 1, dtype=torch.int8)
     packed = only(folder(tmp_path, tensors, config))
@@ -134,19 +129,17 @@ def test_symmetric_weights_with_zeros_stay_symmetric(
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_a_merge_moves_nothing_else(
-    tmp_path: Path, random: torch.Generator, symmetric: bool
-) -> None:
-    weight = torch.randn(37, 96, generator=random)
+def test_a_merge_moves_nothing_else(tmp_path: Path, rng: torch.Generator, symmetric: bool) -> None:
+    weight = torch.randn(37, 96, generator=rng)
     tensors, config, _, _ = made(
         PACKED, weight, bits=4, strategy="group", group=32, symmetric=symmetric
     )
-    check_merged(only(folder(tmp_path, tensors, config)), random)
+    check_merged(only(folder(tmp_path, tensors, config)), rng)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_stacked_experts(tmp_path: Path, random: torch.Generator, symmetric: bool) -> None:
-    weight = torch.randn(3, 20, 64, generator=random)
+def test_stacked_experts(tmp_path: Path, rng: torch.Generator, symmetric: bool) -> None:
+    weight = torch.randn(3, 20, 64, generator=rng)
     tensors, config, _, dense = made(
         PACKED, weight, bits=4, strategy="group", group=32, symmetric=symmetric
     )
@@ -157,11 +150,11 @@ def test_stacked_experts(tmp_path: Path, random: torch.Generator, symmetric: boo
     check_unchanged(packed)
 
 
-def test_the_order_of_act_order_files(tmp_path: Path, random: torch.Generator) -> None:
-    weight = torch.randn(24, 64, generator=random)
+def test_the_order_of_act_order_files(tmp_path: Path, rng: torch.Generator) -> None:
+    weight = torch.randn(24, 64, generator=rng)
     tensors, config, _, dense = made(PACKED, weight, bits=4, strategy="group", group=16)
     # the file of a weight whose columns were sorted into groups, and put back after rounding
-    order = torch.randperm(64, generator=random)
+    order = torch.randperm(64, generator=rng)
     codes = torch.zeros(24, 64, dtype=torch.long)
     scale = tensors[f"{NAME}.weight_scale"].repeat_interleave(16, 1)
     codes[:, order] = (dense / scale).round().long() + 8
@@ -173,22 +166,22 @@ def test_the_order_of_act_order_files(tmp_path: Path, random: torch.Generator) -
     assert torch.allclose(packed.dequantize()[:, order], dense)
     check_rows(packed)
     check_unchanged(packed)
-    check_merged(packed, random)
+    check_merged(packed, rng)
 
 
 @pytest.mark.parametrize("columns", [96, 64, 128])
 @pytest.mark.parametrize(("bits", "per"), [(3, 10), (5, 6), (6, 5), (7, 4)])
 def test_files_of_older_releases(
-    tmp_path: Path, random: torch.Generator, bits: int, per: int, columns: int
+    tmp_path: Path, rng: torch.Generator, bits: int, per: int, columns: int
 ) -> None:
-    weight = torch.randn(64, columns, generator=random)
+    weight = torch.randn(64, columns, generator=rng)
     tensors, config, _, dense = made(
         PACKED, weight, bits=bits, strategy="group", group=32, symmetric=False
     )
     half = 1 << (bits - 1)
     scale = tensors[f"{NAME}.weight_scale"]
-    zero = torch.randint(-half, half, scale.shape, generator=random)
-    codes = torch.randint(0, 2 * half, weight.shape, generator=random)
+    zero = torch.randint(-half, half, scale.shape, generator=rng)
+    codes = torch.randint(0, 2 * half, weight.shape, generator=rng)
     dense = (codes - half - zero.repeat_interleave(32, 1)) * scale.repeat_interleave(32, 1)
 
     def whole_codes(rows: Tensor) -> Tensor:
@@ -216,13 +209,13 @@ def test_files_of_older_releases(
 )
 def test_the_library_reads_what_is_packed_afresh(
     tmp_path: Path,
-    random: torch.Generator,
+    rng: torch.Generator,
     format: str,
     options: dict[str, object],
     native: str,
 ) -> None:
     kind = by_name(format)
-    weight = torch.randn(37, 64, generator=random)
+    weight = torch.randn(37, 64, generator=rng)
     weight[3] = 0
     weight[5] = weight[5].abs() + 1
     weight[7, 2] = 50
@@ -308,16 +301,16 @@ def test_shapes_that_do_not_fit_are_named(format: str) -> None:
     ],
 )
 def test_what_would_be_misread_is_refused(
-    tmp_path: Path, random: torch.Generator, change: dict[str, object], message: str
+    tmp_path: Path, rng: torch.Generator, change: dict[str, object], message: str
 ) -> None:
-    weight = torch.randn(32, 64, generator=random)
+    weight = torch.randn(32, 64, generator=rng)
     tensors, config, _, _ = made(PACKED, weight, bits=4, strategy="group", group=32)
     with pytest.raises(UnsupportedError, match=message):
         only(folder(tmp_path, tensors, config | change))
 
 
-def test_damage_is_named(tmp_path: Path, random: torch.Generator) -> None:
-    weight = torch.randn(32, 64, generator=random)
+def test_damage_is_named(tmp_path: Path, rng: torch.Generator) -> None:
+    weight = torch.randn(32, 64, generator=rng)
     tensors, config, _, _ = made(
         PACKED, weight, bits=4, strategy="group", group=32, symmetric=False
     )

@@ -31,11 +31,6 @@ NAME = "model.layers.0.mlp.down_proj"
 ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 
 
-@pytest.fixture
-def random() -> torch.Generator:
-    return torch.Generator().manual_seed(torch.seed() % 2**31)
-
-
 def stored_zeros(zeros: Tensor, bits: int, version: int) -> Tensor:
     """qzeros of zeros (groups, outputs) in either version of the format."""
     if version == 2:
@@ -47,7 +42,7 @@ def stored_zeros(zeros: Tensor, bits: int, version: int) -> Tensor:
 
 
 def made(
-    random: torch.Generator,
+    rng: torch.Generator,
     *,
     bits: int,
     version: int = 1,
@@ -62,14 +57,14 @@ def made(
     outputs, inputs = shape
     size = inputs if group == -1 else group
     groups = -(-inputs // size)
-    codes = torch.randint(0, 1 << bits, (inputs, outputs), generator=random)
-    zeros = torch.randint(least, 1 << bits, (groups, outputs), generator=random)
+    codes = torch.randint(0, 1 << bits, (inputs, outputs), generator=rng)
+    zeros = torch.randint(least, 1 << bits, (groups, outputs), generator=rng)
     if symmetric:
         zeros = torch.full_like(zeros, 1 << (bits - 1))
-    scales = (torch.rand(groups, outputs, generator=random) * 0.1 + 0.01).to(dtype)
+    scales = (torch.rand(groups, outputs, generator=rng) * 0.1 + 0.01).to(dtype)
     order = torch.arange(inputs) // size
     if act_order:
-        order = order[torch.randperm(inputs, generator=random)]
+        order = order[torch.randperm(inputs, generator=rng)]
     weight = torch.empty(outputs, inputs)
     for i in range(inputs):
         place = int(order[i])
@@ -79,7 +74,7 @@ def made(
         f"{NAME}.qzeros": stored_zeros(zeros, bits, version),
         f"{NAME}.scales": scales,
         f"{NAME}.g_idx": order.int(),
-        f"{NAME}.bias": torch.randn(outputs, generator=random).to(dtype),
+        f"{NAME}.bias": torch.randn(outputs, generator=rng).to(dtype),
     }
     config: dict[str, object] = {"quant_method": "gptq", "bits": bits, "group_size": group}
     config |= {"desc_act": act_order, "sym": symmetric}
@@ -92,10 +87,10 @@ def made(
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_decodes_and_keeps_its_bytes(
-    tmp_path: Path, random: torch.Generator, bits: int, version: int, group: int, act_order: bool
+    tmp_path: Path, rng: torch.Generator, bits: int, version: int, group: int, act_order: bool
 ) -> None:
     tensors, config, weight = made(
-        random, bits=bits, version=version, group=group, act_order=act_order
+        rng, bits=bits, version=version, group=group, act_order=act_order
     )
     checkpoint = folder(tmp_path, tensors, config)
     packed = only(checkpoint)
@@ -109,35 +104,35 @@ def test_decodes_and_keeps_its_bytes(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_merges_into_codes_only(
-    tmp_path: Path, random: torch.Generator, bits: int, dtype: torch.dtype
+    tmp_path: Path, rng: torch.Generator, bits: int, dtype: torch.dtype
 ) -> None:
-    tensors, config, weight = made(random, bits=bits, act_order=True, symmetric=True, dtype=dtype)
+    tensors, config, weight = made(rng, bits=bits, act_order=True, symmetric=True, dtype=dtype)
     packed = only(folder(tmp_path, tensors, config))
     assert torch.equal(packed.dequantize().to(dtype), weight.to(dtype))
-    check_merged(packed, random)
+    check_merged(packed, rng)
 
 
 def test_a_file_without_g_idx_and_config_is_of_version_1(
-    tmp_path: Path, random: torch.Generator
+    tmp_path: Path, rng: torch.Generator
 ) -> None:
-    tensors, _, weight = made(random, bits=4, group=48)
+    tensors, _, weight = made(rng, bits=4, group=48)
     del tensors[f"{NAME}.g_idx"]
     packed = only(folder(tmp_path, tensors, None))
     assert torch.equal(packed.dequantize().half(), weight.half())
     check_unchanged(packed)
 
 
-def test_a_ragged_last_group(tmp_path: Path, random: torch.Generator) -> None:
-    tensors, config, weight = made(random, bits=4, group=64, version=2)
+def test_a_ragged_last_group(tmp_path: Path, rng: torch.Generator) -> None:
+    tensors, config, weight = made(rng, bits=4, group=64, version=2)
     packed = only(folder(tmp_path, tensors, config))
     assert torch.equal(packed.dequantize().half(), weight.half())
     check_unchanged(packed)
 
 
 def test_only_a_group_left_by_more_than_half_a_step_gets_new_scales(
-    tmp_path: Path, random: torch.Generator
+    tmp_path: Path, rng: torch.Generator
 ) -> None:
-    tensors, config, weight = made(random, bits=4, version=1)
+    tensors, config, weight = made(rng, bits=4, version=1)
     packed = only(folder(tmp_path, tensors, config))
     weight = packed.dequantize().clone()
     weight[7, 32:64] *= 3
@@ -157,10 +152,10 @@ def test_only_a_group_left_by_more_than_half_a_step_gets_new_scales(
 @pytest.mark.parametrize("group", [32, -1])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_packs_afresh_within_half_a_step(
-    tmp_path: Path, random: torch.Generator, bits: int, group: int, symmetric: bool
+    tmp_path: Path, rng: torch.Generator, bits: int, group: int, symmetric: bool
 ) -> None:
     format = by_name("gptq")
-    weight = torch.randn(96, 64, generator=random)
+    weight = torch.randn(96, 64, generator=rng)
     weight[3] = 0
     weight[5] = weight[5].abs() + 1
     weight[9, 2] = 40
@@ -178,10 +173,10 @@ def test_packs_afresh_within_half_a_step(
     check_unchanged(packed)
 
 
-def test_gptq_rounding_beats_nearest_on_its_inputs(random: torch.Generator) -> None:
+def test_gptq_rounding_beats_nearest_on_its_inputs(rng: torch.Generator) -> None:
     format = by_name("gptq")
-    weight = torch.randn(32, 64, generator=random)
-    inputs = torch.randn(64, 16, generator=random) @ torch.randn(16, 256, generator=random)
+    weight = torch.randn(32, 64, generator=rng)
+    inputs = torch.randn(64, 16, generator=rng) @ torch.randn(16, 256, generator=rng)
     gram = inputs @ inputs.T + 0.01 * torch.eye(64)
     packed = format.fresh("x.weight", (32, 64), "F16", group=32)
     losses = []
@@ -224,9 +219,9 @@ def test_shapes_that_do_not_fit_are_named(shape: tuple[int, ...]) -> None:
     ],
 )
 def test_other_layouts_are_refused_by_name(
-    tmp_path: Path, random: torch.Generator, change: dict[str, object], message: str
+    tmp_path: Path, rng: torch.Generator, change: dict[str, object], message: str
 ) -> None:
-    tensors, config, _ = made(random, bits=4)
+    tensors, config, _ = made(rng, bits=4)
     with pytest.raises(UnsupportedError, match=message):
         only(folder(tmp_path, tensors, config | change))
 
@@ -236,22 +231,22 @@ def test_other_layouts_are_refused_by_name(
     [("auto_round:auto_gptq", 1), ("auto_round:gptqmodel", 2), ("auto_round", 2)],
 )
 def test_auto_round_names_both_versions(
-    tmp_path: Path, random: torch.Generator, packing: str, version: int
+    tmp_path: Path, rng: torch.Generator, packing: str, version: int
 ) -> None:
-    tensors, config, weight = made(random, bits=4, version=version)
+    tensors, config, weight = made(rng, bits=4, version=version)
     config = {"quant_method": "auto-round", "bits": 4, "packing_format": packing, "group_size": 32}
     packed = only(folder(tmp_path, tensors, config))
     assert torch.equal(packed.dequantize().half(), weight.half())
 
 
-def test_zeros_of_the_other_version_are_refused(tmp_path: Path, random: torch.Generator) -> None:
-    tensors, config, _ = made(random, bits=4, version=2, symmetric=True)
+def test_zeros_of_the_other_version_are_refused(tmp_path: Path, rng: torch.Generator) -> None:
+    tensors, config, _ = made(rng, bits=4, version=2, symmetric=True)
     with pytest.raises(UnsupportedError, match="gptq_v2"):
         only(folder(tmp_path, tensors, config | {"checkpoint_format": "gptq"}))
 
 
-def test_damage_is_named(tmp_path: Path, random: torch.Generator) -> None:
-    tensors, config, weight = made(random, bits=4, act_order=True)
+def test_damage_is_named(tmp_path: Path, rng: torch.Generator) -> None:
+    tensors, config, weight = made(rng, bits=4, act_order=True)
     lacking = {name: tensor for name, tensor in tensors.items() if "qzeros" not in name}
     with pytest.raises(UsageError, match="qzeros"):
         only(folder(tmp_path / "a", lacking, config))
@@ -271,8 +266,8 @@ def test_damage_is_named(tmp_path: Path, random: torch.Generator) -> None:
         packed.format.quantize(packed, weight)
 
 
-def test_a_component_of_a_pipeline(tmp_path: Path, random: torch.Generator) -> None:
-    tensors, config, weight = made(random, bits=4, version=2)
+def test_a_component_of_a_pipeline(tmp_path: Path, rng: torch.Generator) -> None:
+    tensors, config, weight = made(rng, bits=4, version=2)
     folder(tmp_path / "transformer", tensors, config)
     (tmp_path / "model_index.json").write_text(
         json.dumps({"_class_name": "Pipeline", "transformer": ["diffusers", "Model"]})
@@ -283,8 +278,8 @@ def test_a_component_of_a_pipeline(tmp_path: Path, random: torch.Generator) -> N
     check_unchanged(packed)
 
 
-def test_transposed_models_are_refused(tmp_path: Path, random: torch.Generator) -> None:
-    tensors, config, _ = made(random, bits=4)
+def test_transposed_models_are_refused(tmp_path: Path, rng: torch.Generator) -> None:
+    tensors, config, _ = made(rng, bits=4)
     folder(tmp_path, tensors, config)
     file = tmp_path / "config.json"
     file.write_text(file.read_text().replace('"llama"', '"gpt2"'))

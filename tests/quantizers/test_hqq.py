@@ -25,11 +25,6 @@ NAME = "model.layers.0.self_attn.q_proj"
 CONFIG: dict[str, object] = {"quant_method": "hqq", "quant_config": {}, "skip_modules": []}
 
 
-@pytest.fixture
-def random() -> torch.Generator:
-    return torch.Generator().manual_seed(torch.seed() % 2**31)
-
-
 def made(
     weight: Tensor, *, bits: float, group: int, axis: int, dtype: torch.dtype, floats: bool = False
 ) -> tuple[dict[str, Tensor], Tensor]:
@@ -56,9 +51,9 @@ def made(
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("bits", [8, 6, 5, 4, 3, 2, 1.58, 1])
 def test_reads_what_the_package_packs(
-    tmp_path: Path, random: torch.Generator, bits: float, axis: int
+    tmp_path: Path, rng: torch.Generator, bits: float, axis: int
 ) -> None:
-    weight = torch.randn(40, 64, generator=random)
+    weight = torch.randn(40, 64, generator=rng)
     tensors, dense = made(weight, bits=bits, group=16, axis=axis, dtype=torch.float32)
     packed = only(folder(tmp_path, tensors, CONFIG))
     assert packed.name == f"{NAME}.weight"
@@ -70,9 +65,9 @@ def test_reads_what_the_package_packs(
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("shape", [(48, 40), (20, 96)])
 def test_groups_that_cross_rows(
-    tmp_path: Path, random: torch.Generator, shape: tuple[int, int], axis: int
+    tmp_path: Path, rng: torch.Generator, shape: tuple[int, int], axis: int
 ) -> None:
-    weight = torch.randn(shape, generator=random)
+    weight = torch.randn(shape, generator=rng)
     tensors, dense = made(weight, bits=4, group=64, axis=axis, dtype=torch.float32)
     packed = only(folder(tmp_path, tensors, CONFIG))
     assert torch.equal(packed.dequantize(), dense)
@@ -83,9 +78,9 @@ def test_groups_that_cross_rows(
 @pytest.mark.parametrize("floats", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_differs_by_the_rounding_of_its_steps_alone(
-    tmp_path: Path, random: torch.Generator, dtype: torch.dtype, floats: bool
+    tmp_path: Path, rng: torch.Generator, dtype: torch.dtype, floats: bool
 ) -> None:
-    weight = torch.randn(32, 64, generator=random)
+    weight = torch.randn(32, 64, generator=rng)
     tensors, dense = made(weight, bits=4, group=16, axis=1, dtype=dtype, floats=floats)
     packed = only(folder(tmp_path, tensors, CONFIG))
     scale = packed.whole("scale").float().reshape(32, 4).repeat_interleave(16, 1)
@@ -96,13 +91,13 @@ def test_half_precision_differs_by_the_rounding_of_its_steps_alone(
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_a_merge_keeps_its_direction(tmp_path: Path, random: torch.Generator, axis: int) -> None:
+def test_a_merge_keeps_its_direction(tmp_path: Path, rng: torch.Generator, axis: int) -> None:
     tensors, _ = made(
-        torch.randn(40, 64, generator=random), bits=4, group=16, axis=axis, dtype=torch.float32
+        torch.randn(40, 64, generator=rng), bits=4, group=16, axis=axis, dtype=torch.float32
     )
     packed = only(folder(tmp_path, tensors, CONFIG))
     if axis == 1:
-        check_merged(packed, random)
+        check_merged(packed, rng)
         return
     weight = packed.dequantize().clone()
     weight[3, 5] += 10  # its group runs over rows 3, 3 + 40 / 16 …: no other may move
@@ -120,10 +115,10 @@ def again_of(path: Path, parts: dict[str, Tensor], tensors: dict[str, Tensor]) -
 @pytest.mark.parametrize("native", ["F32", "F16", "BF16"])
 @pytest.mark.parametrize(("bits", "axis"), [(8, 1), (4, 1), (4, 0), (3, 1), (3, 0), (2, 1), (1, 0)])
 def test_the_package_reads_what_is_packed_afresh(
-    tmp_path: Path, random: torch.Generator, bits: int, axis: int, native: str
+    tmp_path: Path, rng: torch.Generator, bits: int, axis: int, native: str
 ) -> None:
     format = by_name("hqq")
-    weight = torch.randn(48, 64, generator=random)
+    weight = torch.randn(48, 64, generator=rng)
     weight[3] = 0.25
     options: dict[str, object] = {"bits": bits, "axis": axis, "group": 16, "optimize": False}
     outline = format.fresh(f"{NAME}.weight", (48, 64), native, **options)
@@ -150,9 +145,9 @@ def test_the_package_reads_what_is_packed_afresh(
 
 @pytest.mark.parametrize(("bits", "axis"), [(4, 1), (3, 0), (2, 1)])
 def test_the_zeros_are_those_of_the_package(
-    tmp_path: Path, random: torch.Generator, bits: int, axis: int
+    tmp_path: Path, rng: torch.Generator, bits: int, axis: int
 ) -> None:
-    weight = torch.randn(48, 64, generator=random)
+    weight = torch.randn(48, 64, generator=rng)
     weight[::7, ::5] *= 4
     tensors, dense = made(weight, bits=bits, group=32, axis=axis, dtype=torch.float32)
     format = by_name("hqq")
@@ -173,8 +168,8 @@ def test_the_zeros_are_those_of_the_package(
         assert error(packed.dequantize()) < 1.05 * error(dense)
 
 
-def test_damage_and_variants_are_named(tmp_path: Path, random: torch.Generator) -> None:
-    weight = torch.randn(32, 64, generator=random)
+def test_damage_and_variants_are_named(tmp_path: Path, rng: torch.Generator) -> None:
+    weight = torch.randn(32, 64, generator=rng)
     tensors, _ = made(weight, bits=4, group=16, axis=1, dtype=torch.float32)
 
     def refused(place: str, change: dict[str, Tensor | None]) -> str:
@@ -207,7 +202,7 @@ def test_skipped_modules_are_named_for_all_layers_at_once() -> None:
     assert config["skip_modules"] == ["lm_head", "mlp.gate"]
 
 
-def test_what_does_not_fit_is_named(random: torch.Generator) -> None:
+def test_what_does_not_fit_is_named(rng: torch.Generator) -> None:
     format = by_name("hqq")
     with pytest.raises(UnsupportedError, match=r"x\.weight"):
         format.fresh("x.weight", (8, 8, 3), "F16")
@@ -217,4 +212,4 @@ def test_what_does_not_fit_is_named(random: torch.Generator) -> None:
         format.fresh("x.weight", (64, 64), "F16", bits=7)
     packed = format.fresh("x.weight", (8, 64), "F16")
     with pytest.raises(UsageError, match="too large"):
-        format.quantize(packed, 1e7 + torch.randn(8, 64, generator=random) * 10)
+        format.quantize(packed, 1e7 + torch.randn(8, 64, generator=rng) * 10)

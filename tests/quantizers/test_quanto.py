@@ -40,17 +40,12 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = [(48, 256), (7, 192), (5, 160), (9, 288), (33, 50), (130, 64), (3, 131), (11, 1)]
 
 
-@pytest.fixture
-def random() -> torch.Generator:
-    return torch.Generator().manual_seed(torch.seed() % 2**31)
-
-
 def made(
-    model: nn.Module, kind: str, random: torch.Generator, dtype: torch.dtype
+    model: nn.Module, kind: str, rng: torch.Generator, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(tensors of the package's file, the weights they stand for)."""
     for parameter in model.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=random) + 0.3
+        parameter.data = torch.randn(parameter.shape, generator=rng) + 0.3
     model.to(dtype)
     quantize(model, weights=qtypes[kind])
     freeze(model)
@@ -62,10 +57,10 @@ def made(
 
 
 def linear(
-    shape: tuple[int, int], kind: str, random: torch.Generator, dtype: torch.dtype
+    shape: tuple[int, int], kind: str, rng: torch.Generator, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], Tensor]:
     model = nn.Sequential(nn.Linear(shape[1], shape[0]))
-    tensors, dense = made(model, kind, random, dtype)
+    tensors, dense = made(model, kind, rng, dtype)
     return tensors, dense["0.weight"]
 
 
@@ -74,12 +69,12 @@ def linear(
 @pytest.mark.parametrize("shape", SHAPES)
 def test_reads_what_the_package_packs(
     tmp_path: Path,
-    random: torch.Generator,
+    rng: torch.Generator,
     shape: tuple[int, int],
     kind: str,
     dtype: torch.dtype,
 ) -> None:
-    tensors, dense = linear(shape, kind, random, dtype)
+    tensors, dense = linear(shape, kind, rng, dtype)
     packed = only(folder(tmp_path, tensors, None))
     assert packed.name == "0.weight"
     assert packed.shape == shape
@@ -91,9 +86,9 @@ def test_reads_what_the_package_packs(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["qint8", "qfloat8", *SHORT])
 def test_a_convolution_whose_rows_are_not_cut(
-    tmp_path: Path, random: torch.Generator, kind: str, dtype: torch.dtype
+    tmp_path: Path, rng: torch.Generator, kind: str, dtype: torch.dtype
 ) -> None:
-    tensors, dense = made(nn.Sequential(nn.Conv2d(5, 9, 3)), kind, random, dtype)
+    tensors, dense = made(nn.Sequential(nn.Conv2d(5, 9, 3)), kind, rng, dtype)
     packed = only(folder(tmp_path, tensors, None))
     assert packed.shape == (9, 5, 3, 3)
     assert torch.equal(packed.dequantize().to(dtype), dense["0.weight"])
@@ -102,9 +97,9 @@ def test_a_convolution_whose_rows_are_not_cut(
 
 
 @pytest.mark.parametrize("kind", SHORT)
-def test_one_output(tmp_path: Path, random: torch.Generator, kind: str) -> None:
+def test_one_output(tmp_path: Path, rng: torch.Generator, kind: str) -> None:
     """The package then has a scale for each input, and the bits are known to the map alone."""
-    tensors, dense = linear((1, 56), kind, random, torch.float16)
+    tensors, dense = linear((1, 56), kind, rng, torch.float16)
     with pytest.raises(UsageError, match="neither int4 nor int2"):
         only(folder(tmp_path, tensors, None))
     (tmp_path / "quanto_qmap.json").write_text(json.dumps({"0": {"weights": kind}}))
@@ -122,10 +117,8 @@ def test_one_output(tmp_path: Path, random: torch.Generator, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", SHORT)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_whole_zeros(
-    tmp_path: Path, random: torch.Generator, kind: str, dtype: torch.dtype
-) -> None:
-    weight = (torch.randn(12, 256, generator=random) + 0.2).to(dtype)
+def test_whole_zeros(tmp_path: Path, rng: torch.Generator, kind: str, dtype: torch.dtype) -> None:
+    weight = (torch.randn(12, 256, generator=rng) + 0.2).to(dtype)
     scale, shift = MaxOptimizer()(weight, qtypes[kind], 0, 128, zeropoint=True)
     stored = WeightQBitsTensor.quantize(weight, qtypes[kind], 0, 128, scale, shift, False)
     tensors: dict[str, Tensor] = {"0.bias": torch.zeros(12)}
@@ -144,17 +137,17 @@ def test_whole_zeros(
 @pytest.mark.parametrize("shape", [(48, 256), (7, 160), (33, 50), (12, 96)])
 @pytest.mark.parametrize("kind", ["qint8", "qfloat8", *SHORT])
 def test_the_package_reads_what_is_packed_afresh(
-    tmp_path: Path, random: torch.Generator, kind: str, shape: tuple[int, int], native: str
+    tmp_path: Path, rng: torch.Generator, kind: str, shape: tuple[int, int], native: str
 ) -> None:
     dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[native]
     format = by_name("quanto-fp8" if kind == "qfloat8" else "quanto")
     options = {} if kind == "qfloat8" else {"bits": int(kind[4:])}
-    weight = torch.randn(shape, generator=random).to(dtype).float() + 0.1
+    weight = torch.randn(shape, generator=rng).to(dtype).float() + 0.1
     weight[3], weight[4] = 0.25, 0
     outline = format.fresh("0.weight", shape, native, **options)
     tensors = as_stored(outline, format.quantize(outline, weight))
     tensors["0.bias"] = torch.zeros(shape[0], dtype=dtype)
-    theirs, _ = linear(shape, kind, random, dtype)
+    theirs, _ = linear(shape, kind, rng, dtype)
     assert {k: (v.dtype, v.shape) for k, v in tensors.items()} == {
         k: (v.dtype, v.shape) for k, v in theirs.items()
     }
@@ -175,7 +168,7 @@ def test_the_package_reads_what_is_packed_afresh(
     assert bool(((packed.dequantize() - weight).abs() <= most).all())
 
 
-def test_diffusers_loads_a_model_packed_here(tmp_path: Path, random: torch.Generator) -> None:
+def test_diffusers_loads_a_model_packed_here(tmp_path: Path, rng: torch.Generator) -> None:
     model = PixArtTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=16,
@@ -212,9 +205,9 @@ def test_diffusers_loads_a_model_packed_here(tmp_path: Path, random: torch.Gener
 
 
 @pytest.mark.parametrize("kind", ["qint8", "qfloat8", *SHORT])
-def test_a_merge_keeps_its_direction(tmp_path: Path, random: torch.Generator, kind: str) -> None:
-    tensors, _ = linear((24, 256), kind, random, torch.float32)
-    check_merged(only(folder(tmp_path, tensors, None)), random)
+def test_a_merge_keeps_its_direction(tmp_path: Path, rng: torch.Generator, kind: str) -> None:
+    tensors, _ = linear((24, 256), kind, rng, torch.float32)
+    check_merged(only(folder(tmp_path, tensors, None)), rng)
 
 
 class Heads(nn.Module):
@@ -247,9 +240,9 @@ LAYERS = {
 @pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("family", SIZES)
 def test_shapes_of_layers_without_a_bias(
-    tmp_path: Path, random: torch.Generator, family: str, wrapped: bool
+    tmp_path: Path, rng: torch.Generator, family: str, wrapped: bool
 ) -> None:
-    tensors, dense = made(Heads(LAYERS[family]), "qint4", random, torch.float16)
+    tensors, dense = made(Heads(LAYERS[family]), "qint4", rng, torch.float16)
     checkpoint = folder(tmp_path, tensors, None)
     with pytest.raises(UnsupportedError, match=r"neither a bias nor config\.json"):
         viewed(checkpoint)
@@ -269,9 +262,9 @@ def test_shapes_of_layers_without_a_bias(
 
 @pytest.mark.parametrize("name", ["conv_in", "patch_embed", "down.0.proj_in"])
 def test_cut_rows_of_a_convolution_are_refused(
-    tmp_path: Path, random: torch.Generator, name: str
+    tmp_path: Path, rng: torch.Generator, name: str
 ) -> None:
-    tensors, _ = made(nn.Sequential(nn.Conv2d(32, 9, 3)), "qint4", random, torch.float32)
+    tensors, _ = made(nn.Sequential(nn.Conv2d(32, 9, 3)), "qint4", rng, torch.float32)
     stored = {key.replace("0.", f"{name}.", 1): part for key, part in tensors.items()}
     folder(tmp_path, stored, None)
     (tmp_path / "config.json").write_text(json.dumps({"down_block_types": []}))
@@ -279,8 +272,8 @@ def test_cut_rows_of_a_convolution_are_refused(
         viewed(open_checkpoint(str(tmp_path)))
 
 
-def test_two_groups_need_to_be_told_their_bits(tmp_path: Path, random: torch.Generator) -> None:
-    tensors, dense = linear((2, 56), "qint2", random, torch.float32)
+def test_two_groups_need_to_be_told_their_bits(tmp_path: Path, rng: torch.Generator) -> None:
+    tensors, dense = linear((2, 56), "qint2", rng, torch.float32)
     with pytest.raises(UsageError, match="neither int4 nor int2"):
         only(folder(tmp_path, tensors, None))
     for key in ("weights", "weights_dtype"):
@@ -290,8 +283,8 @@ def test_two_groups_need_to_be_told_their_bits(tmp_path: Path, random: torch.Gen
         check_unchanged(packed)
 
 
-def test_components_of_a_pipeline(tmp_path: Path, random: torch.Generator) -> None:
-    model, tensors, dense = tmp_path / "pipe", *linear((1, 56), "qint4", random, torch.float32)
+def test_components_of_a_pipeline(tmp_path: Path, rng: torch.Generator) -> None:
+    model, tensors, dense = tmp_path / "pipe", *linear((1, 56), "qint4", rng, torch.float32)
     for name, kind in (("transformer", "int4"), ("other", "int2")):
         (model / name).mkdir(parents=True)
         save_file(tensors, model / name / "diffusion_pytorch_model.safetensors")
@@ -307,9 +300,9 @@ def test_components_of_a_pipeline(tmp_path: Path, random: torch.Generator) -> No
     assert torch.equal(view["transformer:0.weight"].torch(), dense)
 
 
-def test_damage_is_named(tmp_path: Path, random: torch.Generator) -> None:
-    whole, _ = linear((12, 256), "qint8", random, torch.float32)
-    short, _ = linear((12, 256), "qint4", random, torch.float32)
+def test_damage_is_named(tmp_path: Path, rng: torch.Generator) -> None:
+    whole, _ = linear((12, 256), "qint8", rng, torch.float32)
+    short, _ = linear((12, 256), "qint4", rng, torch.float32)
 
     def refused(place: str, tensors: Mapping[str, Tensor], change: dict[str, Tensor | None]) -> str:
         new = {**tensors, **{f"0.{key}": part for key, part in change.items()}}
@@ -350,8 +343,8 @@ def test_what_does_not_fit_is_named() -> None:
         outline.format.quantize(outline, torch.arange(512.0).reshape(8, 64) * 1e4)
 
 
-def test_the_weight_is_seen_and_its_parts_are_not(tmp_path: Path, random: torch.Generator) -> None:
-    tensors, dense = linear((24, 256), "qint4", random, torch.float32)
+def test_the_weight_is_seen_and_its_parts_are_not(tmp_path: Path, rng: torch.Generator) -> None:
+    tensors, dense = linear((24, 256), "qint4", rng, torch.float32)
     view = logical(folder(tmp_path, tensors, None))
     assert sorted(view) == ["0.bias", "0.weight"]
     assert isinstance(view["0.weight"], PackedTensor)

@@ -71,11 +71,6 @@ CONFIGS: dict[str, AOBaseConfig] = {
 }
 
 
-@pytest.fixture
-def random() -> torch.Generator:
-    return torch.Generator().manual_seed(torch.seed() % 2**31)
-
-
 def written(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -89,11 +84,11 @@ def flattened(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
 
 
 def made(
-    config: AOBaseConfig, shape: tuple[int, int], dtype: torch.dtype, random: torch.Generator
+    config: AOBaseConfig, shape: tuple[int, int], dtype: torch.dtype, rng: torch.Generator
 ) -> tuple[dict[str, Tensor], dict[str, str], Tensor]:
     """(tensors, metadata, the weight they stand for), made by the package."""
     layer = nn.Linear(shape[1], shape[0], bias=True, dtype=dtype)
-    layer.weight.data = (torch.randn(shape, generator=random) + 0.2).to(dtype)
+    layer.weight.data = (torch.randn(shape, generator=rng) + 0.2).to(dtype)
     quantize_(layer, config)
     assert isinstance(layer.weight, torch.Tensor)
     dense = layer.weight.dequantize()
@@ -106,12 +101,12 @@ def made(
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_reads_what_the_package_packs(
     tmp_path: Path,
-    random: torch.Generator,
+    rng: torch.Generator,
     kind: str,
     shape: tuple[int, int],
     dtype: torch.dtype,
 ) -> None:
-    tensors, metadata, dense = made(CONFIGS[kind], shape, dtype, random)
+    tensors, metadata, dense = made(CONFIGS[kind], shape, dtype, rng)
     packed = only(open_checkpoint(written(tmp_path, tensors, metadata)))
     assert packed.name == f"{NAME}.weight"
     assert packed.shape == shape
@@ -149,15 +144,15 @@ def refreshed(
 )
 def test_the_package_reads_what_is_packed_afresh(
     tmp_path: Path,
-    random: torch.Generator,
+    rng: torch.Generator,
     name: str,
     kind: str,
     options: dict[str, object],
     native: str,
 ) -> None:
     dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[native]
-    tensors, metadata, _ = made(CONFIGS[kind], (40, 96), dtype, random)
-    weight = torch.randn(40, 96, generator=random).to(dtype).float()
+    tensors, metadata, _ = made(CONFIGS[kind], (40, 96), dtype, rng)
+    weight = torch.randn(40, 96, generator=rng).to(dtype).float()
     weight[3], weight[4] = 0.25, 0
     packed, ours, told = refreshed(tmp_path, name, weight, native, **options)
     theirs = {key: part for key, part in tensors.items() if not key.endswith(".bias")}
@@ -209,11 +204,11 @@ def test_a_sharded_folder_of_transformers(tmp_path: Path) -> None:
     assert not [name for name in view if "_weight_" in name]
 
 
-def test_shards_that_say_of_themselves_alone(tmp_path: Path, random: torch.Generator) -> None:
+def test_shards_that_say_of_themselves_alone(tmp_path: Path, rng: torch.Generator) -> None:
     weights: dict[str, str] = {}
     dense: dict[str, Tensor] = {}
     for shard, (kind, own) in enumerate((("int8", "a"), ("float8", "b"), ("int4 zeros", "c"))):
-        tensors, metadata, found = made(CONFIGS[kind], (16, 64), torch.float32, random)
+        tensors, metadata, found = made(CONFIGS[kind], (16, 64), torch.float32, rng)
         stored = {name.replace(NAME, own): part for name, part in tensors.items()}
         about = {name.replace(NAME, own): text for name, text in metadata.items()}
         save_file(stored, tmp_path / f"{shard}.safetensors", about)
@@ -259,8 +254,8 @@ def test_transformers_loads_a_model_packed_here(tmp_path: Path, name: str) -> No
 
 
 @pytest.mark.parametrize("kind", ["int8", "float8"])
-def test_stacks_of_experts(tmp_path: Path, random: torch.Generator, kind: str) -> None:
-    experts = torch.randn(3, 8, 32, generator=random)
+def test_stacks_of_experts(tmp_path: Path, rng: torch.Generator, kind: str) -> None:
+    experts = torch.randn(3, 8, 32, generator=rng)
     holder = nn.Module()
     holder.gate_up_proj = nn.Parameter(experts)
     quantize_(holder, FqnToConfig(OrderedDict(gate_up_proj=CONFIGS[kind])), filter_fn=None)
@@ -271,13 +266,13 @@ def test_stacks_of_experts(tmp_path: Path, random: torch.Generator, kind: str) -
     assert torch.equal(packed.dequantize(), packed_by_package.dequantize())
     check_rows(packed)
     check_unchanged(packed)
-    check_merged(packed, random)
+    check_merged(packed, rng)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int8 groups", "int4", "int4 zeros", "float8"])
-def test_a_merge_keeps_its_direction(tmp_path: Path, random: torch.Generator, kind: str) -> None:
-    tensors, metadata, _ = made(CONFIGS[kind], (40, 64), torch.float32, random)
-    check_merged(only(open_checkpoint(written(tmp_path, tensors, metadata))), random)
+def test_a_merge_keeps_its_direction(tmp_path: Path, rng: torch.Generator, kind: str) -> None:
+    tensors, metadata, _ = made(CONFIGS[kind], (40, 64), torch.float32, rng)
+    check_merged(only(open_checkpoint(written(tmp_path, tensors, metadata))), rng)
 
 
 def by_nibbles(tensors: Mapping[str, Tensor], group: int) -> Tensor:
@@ -299,15 +294,15 @@ def by_nibbles(tensors: Mapping[str, Tensor], group: int) -> Tensor:
 @pytest.mark.parametrize(("shape", "group"), [((9, 64), 32), ((4, 128), 64), ((1, 40), 32)])
 def test_int4(
     tmp_path: Path,
-    random: torch.Generator,
+    rng: torch.Generator,
     shape: tuple[int, int],
     group: int,
     dtype: torch.dtype,
 ) -> None:
-    codes = torch.randint(-128, 128, (shape[0], shape[1] // 2), generator=random)
+    codes = torch.randint(-128, 128, (shape[0], shape[1] // 2), generator=rng)
     groups = (-(-shape[1] // group), shape[0])
-    scale = torch.rand(groups, generator=random).to(dtype) + 0.1
-    zero = torch.randn(groups, generator=random).to(dtype)
+    scale = torch.rand(groups, generator=rng).to(dtype) + 0.1
+    zero = torch.randn(groups, generator=rng).to(dtype)
     size = torch.Size(shape)
     tensor = Int4Tensor(codes.to(torch.int8), scale, zero, [1, group], size)
     tensors, metadata = flattened({f"{NAME}.weight": tensor})
@@ -316,12 +311,12 @@ def test_int4(
     assert torch.equal(packed.dequantize(), by_nibbles(tensors, group))
     check_rows(packed)
     check_unchanged(packed)
-    check_merged(packed, random)
+    check_merged(packed, rng)
 
 
 @pytest.mark.parametrize("native", ["F16", "BF16"])
-def test_int4_afresh(tmp_path: Path, random: torch.Generator, native: str) -> None:
-    weight = torch.randn(10, 96, generator=random) + 0.5
+def test_int4_afresh(tmp_path: Path, rng: torch.Generator, native: str) -> None:
+    weight = torch.randn(10, 96, generator=rng) + 0.5
     weight[3], weight[4] = 0.25, 0
     packed, tensors, metadata = refreshed(tmp_path, "torchao-int4", weight, native, group=32)
     assert torch.equal(packed.dequantize(), by_nibbles(tensors, 32))
@@ -336,9 +331,9 @@ def test_int4_afresh(tmp_path: Path, random: torch.Generator, native: str) -> No
     assert config_from_dict(config["quant_type"]["default"]).group_size == 32  # pyright: ignore
 
 
-def test_symmetric_int4_stays_symmetric(tmp_path: Path, random: torch.Generator) -> None:
-    codes = torch.randint(-128, 128, (6, 32), generator=random).to(torch.int8)
-    scale = torch.rand(2, 6, generator=random).bfloat16() + 0.1
+def test_symmetric_int4_stays_symmetric(tmp_path: Path, rng: torch.Generator) -> None:
+    codes = torch.randint(-128, 128, (6, 32), generator=rng).to(torch.int8)
+    scale = torch.rand(2, 6, generator=rng).bfloat16() + 0.1
     tensor = Int4Tensor(codes, scale, torch.zeros_like(scale), [1, 32], torch.Size((6, 64)))
     stored = flattened({f"{NAME}.weight": tensor})
     packed = only(open_checkpoint(written(tmp_path, *stored)))
@@ -347,8 +342,8 @@ def test_symmetric_int4_stays_symmetric(tmp_path: Path, random: torch.Generator)
     assert torch.allclose(parts["scale"].float(), 3 * scale.float(), rtol=0.15)
 
 
-def test_damage_and_variants_are_named(tmp_path: Path, random: torch.Generator) -> None:
-    tensors, metadata, _ = made(CONFIGS["int8 groups"], (16, 64), torch.float32, random)
+def test_damage_and_variants_are_named(tmp_path: Path, rng: torch.Generator) -> None:
+    tensors, metadata, _ = made(CONFIGS["int8 groups"], (16, 64), torch.float32, rng)
     key = f"{NAME}.weight"
     told = json.loads(metadata[key])
 
@@ -380,10 +375,8 @@ def test_damage_and_variants_are_named(tmp_path: Path, random: torch.Generator) 
     assert "float64" in refused("i", {}, {**told, "_data": data})
 
 
-def test_metadata_of_weights_that_are_no_longer_there(
-    tmp_path: Path, random: torch.Generator
-) -> None:
-    _, metadata, dense = made(CONFIGS["int8"], (16, 64), torch.float32, random)
+def test_metadata_of_weights_that_are_no_longer_there(tmp_path: Path, rng: torch.Generator) -> None:
+    _, metadata, dense = made(CONFIGS["int8"], (16, 64), torch.float32, rng)
     checkpoint = open_checkpoint(written(tmp_path, {f"{NAME}.weight": dense}, metadata))
     assert not list(by_name("torchao").find(checkpoint))
 

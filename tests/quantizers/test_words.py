@@ -10,15 +10,10 @@ from peftsurgery.quantizers.grids import extremes
 from tests.quantizers.integer_files import row_words
 
 
-@pytest.fixture
-def random() -> torch.Generator:
-    return torch.Generator().manual_seed(torch.seed() % 2**31)
-
-
 @pytest.mark.parametrize("count", [1, 7, 31, 32, 33, 100])
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6, 7, 8])
-def test_words_hold_a_stream_of_codes(random: torch.Generator, size: int, count: int) -> None:
-    codes = torch.randint(0, 1 << size, (3, count), generator=random, dtype=torch.uint8)
+def test_words_hold_a_stream_of_codes(rng: torch.Generator, size: int, count: int) -> None:
+    codes = torch.randint(0, 1 << size, (3, count), generator=rng, dtype=torch.uint8)
     words = bits.pack_words(codes, size)
     assert torch.equal(words, row_words(codes, size))
     assert torch.equal(bits.unpack_words(words, size, count), codes)
@@ -30,8 +25,8 @@ def test_words_hold_a_stream_of_codes(random: torch.Generator, size: int, count:
 
 
 @pytest.mark.parametrize("group", [0, 1, 4, 5, 24])
-def test_extremes_of_groups_in_order(random: torch.Generator, group: int) -> None:
-    weight = torch.randn(3, 24, generator=random)
+def test_extremes_of_groups_in_order(rng: torch.Generator, group: int) -> None:
+    weight = torch.randn(3, 24, generator=rng)
     least, greatest = extremes(weight, group)
     size = group or 24
     for place in range(-(-24 // size)):
@@ -40,9 +35,9 @@ def test_extremes_of_groups_in_order(random: torch.Generator, group: int) -> Non
         assert torch.equal(greatest[:, place], part.amax(1))
 
 
-def test_extremes_of_groups_out_of_order(random: torch.Generator) -> None:
-    weight = torch.randn(3, 24, generator=random)
-    order = torch.randint(0, 4, (24,), generator=random)
+def test_extremes_of_groups_out_of_order(rng: torch.Generator) -> None:
+    weight = torch.randn(3, 24, generator=rng)
+    order = torch.randint(0, 4, (24,), generator=rng)
     order[order == 2] = 1
     least, greatest = extremes(weight, 0, order, 5)
     for place in range(5):

@@ -1,13 +1,5 @@
-"""A random generator per test: fresh numbers in every test, the same ones in every run."""
+"""One thread: the runtime's tests run many small models, two workers at a time."""
 
-import zlib
-
-import pytest
 import torch
 
 torch.set_num_threads(1)
-
-
-@pytest.fixture
-def rng(request: pytest.FixtureRequest) -> torch.Generator:
-    return torch.Generator().manual_seed(zlib.crc32(request.node.nodeid.encode()))
