@@ -5,6 +5,8 @@
 
 import zlib
 
+import hypothesis
+import numpy as np
 import pytest
 import torch
 
@@ -13,13 +15,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=0, help="draw other random inputs in every test")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hypothesis repeats itself too, unless a seed is asked for."""
+    hypothesis.settings.register_profile("seeded", derandomize=_seed(config) == 0)
+    hypothesis.settings.load_profile("seeded")
+
+
 def pytest_report_header(config: pytest.Config) -> str:
-    return f"seed: {config.getoption('seed')}"
+    return f"seed: {_seed(config)}"
+
+
+def _seed(config: pytest.Config) -> int:
+    seed = config.getoption("seed")
+    assert isinstance(seed, int)
+    return seed
 
 
 @pytest.fixture
 def test_seed(request: pytest.FixtureRequest) -> int:
-    return zlib.crc32(request.node.nodeid.encode(), request.config.getoption("seed"))
+    return zlib.crc32(request.node.nodeid.encode(), _seed(request.config))
 
 
 @pytest.fixture(autouse=True)
@@ -30,3 +44,8 @@ def _seeded(test_seed: int) -> None:
 @pytest.fixture
 def rng(test_seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(test_seed)
+
+
+@pytest.fixture
+def np_rng(test_seed: int) -> np.random.Generator:
+    return np.random.default_rng(test_seed)

@@ -13,13 +13,6 @@ from tests.linalg.test_kronecker import optimum
 torch.set_num_threads(1)
 
 
-@pytest.fixture
-def generator() -> torch.Generator:
-    random = torch.Generator()
-    random.seed()
-    return random
-
-
 def relative(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 
@@ -39,8 +32,8 @@ def sources(random: torch.Generator) -> dict[str, WeightAdapter]:
 
 @pytest.mark.parametrize("kind", ["lora", "conv", "loha", "full"])
 @pytest.mark.parametrize("factor", [-1, 3, 4])
-def test_nearest_product(kind: str, factor: int, generator: torch.Generator) -> None:
-    source = sources(generator)[kind]
+def test_nearest_product(kind: str, factor: int, rng: torch.Generator) -> None:
+    source = sources(rng)[kind]
     delta = source.delta()
     fitted = LoKr.fit(source, factor=factor)
     assert fitted.shape == source.shape
@@ -52,9 +45,9 @@ def test_nearest_product(kind: str, factor: int, generator: torch.Generator) -> 
         assert torch.equal(fitted.bias, source.bias)
 
 
-def test_a_lokr_comes_back_through_its_delta(generator: torch.Generator) -> None:
-    first = torch.randn(4, 3, generator=generator)
-    second = torch.randn(6, 5, 3, 3, generator=generator)
+def test_a_lokr_comes_back_through_its_delta(rng: torch.Generator) -> None:
+    first = torch.randn(4, 3, generator=rng)
+    second = torch.randn(6, 5, 3, 3, generator=rng)
     exact = LoKr(first, w2=second, scale=0.7)
     assert LoKr.fit(exact) is exact
     again = LoKr.fit(exact.delta(), factor=4)
@@ -63,8 +56,8 @@ def test_a_lokr_comes_back_through_its_delta(generator: torch.Generator) -> None
     assert relative(again.delta(), exact.delta()) < 1e-6
 
 
-def test_rank_truncates_the_second_factor_at_best(generator: torch.Generator) -> None:
-    delta = torch.randn(32, 48, 3, 3, generator=generator)
+def test_rank_truncates_the_second_factor_at_best(rng: torch.Generator) -> None:
+    delta = torch.randn(32, 48, 3, 3, generator=rng)
     whole = LoKr.fit(delta)
     low = LoKr.fit(delta, 2)
     assert low.rank == 2
@@ -77,20 +70,20 @@ def test_rank_truncates_the_second_factor_at_best(generator: torch.Generator) ->
 
 
 def test_the_most_exact_cut_is_chosen_within_the_size_of_the_source(
-    generator: torch.Generator,
+    rng: torch.Generator,
 ) -> None:
-    source = LoRA(torch.randn(24, 2, generator=generator), torch.randn(2, 36, generator=generator))
+    source = LoRA(torch.randn(24, 2, generator=rng), torch.randn(2, 36, generator=rng))
     best = LoKr.fit(source, factor=None)
     assert best.numel <= max(source.numel, LoKr.fit(source).numel)
     ours, usual = (relative(x.delta(), source.delta()) for x in (best, LoKr.fit(source)))
     assert ours <= usual + 1e-3
 
 
-def test_dtype_weight_and_refusals(generator: torch.Generator) -> None:
-    delta = torch.randn(12, 20, generator=generator)
+def test_dtype_weight_and_refusals(rng: torch.Generator) -> None:
+    delta = torch.randn(12, 20, generator=rng)
     fitted = LoKr.fit(delta, dtype=torch.bfloat16)
     assert {t.dtype for t in fitted.tensors().values()} == {torch.bfloat16}
-    base = torch.randn(12, 20, generator=generator)
+    base = torch.randn(12, 20, generator=rng)
     value = Replace(base + delta)
     assert relative(LoKr.fit(value, weight=base).delta(), LoKr.fit(delta).delta()) < 1e-2
     with pytest.raises(UsageError, match="depends on the weight"):
@@ -104,7 +97,7 @@ def test_dtype_weight_and_refusals(generator: torch.Generator) -> None:
         LoKr.fit(delta)
 
 
-def test_full_fit_is_exact(generator: torch.Generator) -> None:
-    source = sources(generator)["conv"]
+def test_full_fit_is_exact(rng: torch.Generator) -> None:
+    source = sources(rng)["conv"]
     assert torch.equal(Full.fit(source).delta(), source.delta())
     assert Full.fit(torch.ones(3, 2), dtype=torch.float16).tensors()["diff"].dtype == torch.float16

@@ -108,13 +108,8 @@ def written(path: Path, rng: np.random.Generator, *, architecture: str = "llama"
     return path
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng()
-
-
-def test_agrees_with_the_package(tmp_path: Path, rng: np.random.Generator) -> None:
-    path = written(tmp_path / "m.gguf", rng)
+def test_agrees_with_the_package(tmp_path: Path, np_rng: np.random.Generator) -> None:
+    path = written(tmp_path / "m.gguf", np_rng)
     mine = open_checkpoint(path)
     theirs = gguf.GGUFReader(path)
     assert isinstance(mine, GGUFCheckpoint)
@@ -186,8 +181,8 @@ def test_original_shape_of_comfy(tmp_path: Path) -> None:
             opened(tmp_path, shaped(*wrong))
 
 
-def test_slices_of_a_stack(tmp_path: Path, rng: np.random.Generator) -> None:
-    found = open_checkpoint(written(tmp_path / "m.gguf", rng))
+def test_slices_of_a_stack(tmp_path: Path, np_rng: np.random.Generator) -> None:
+    found = open_checkpoint(written(tmp_path / "m.gguf", np_rng))
     stack, plain = found["deep.weight"], found["brain.weight"]
     piece = found["deep.weight[1]"]
     assert isinstance(piece, GGUFTensor)
@@ -318,8 +313,8 @@ def test_opens_without_torch(tmp_path: Path) -> None:
 # writing ------------------------------------------------------------------------------------------
 
 
-def test_rewrites_byte_for_byte(tmp_path: Path, rng: np.random.Generator) -> None:
-    source = written(tmp_path / "m.gguf", rng)
+def test_rewrites_byte_for_byte(tmp_path: Path, np_rng: np.random.Generator) -> None:
+    source = written(tmp_path / "m.gguf", np_rng)
     like = open_checkpoint(source)
     assert isinstance(like, GGUFCheckpoint)
     out = save_gguf(tmp_path / "same.gguf", like, {})
@@ -328,13 +323,13 @@ def test_rewrites_byte_for_byte(tmp_path: Path, rng: np.random.Generator) -> Non
     assert out.read_bytes() == source.read_bytes()
 
 
-def test_replaces_tensors_and_nothing_else(tmp_path: Path, rng: np.random.Generator) -> None:
-    source = written(tmp_path / "m.gguf", rng)
+def test_replaces_tensors_and_nothing_else(tmp_path: Path, np_rng: np.random.Generator) -> None:
+    source = written(tmp_path / "m.gguf", np_rng)
     like = open_checkpoint(source)
     assert isinstance(like, GGUFCheckpoint)
-    four = rng.integers(0, 256, like["four.weight"].shape, dtype=np.uint8)
-    plain = rng.standard_normal((3, 64)).astype(np.float32)
-    piece = rng.integers(0, 256, (3, 210), dtype=np.uint8)
+    four = np_rng.integers(0, 256, like["four.weight"].shape, dtype=np.uint8)
+    plain = np_rng.standard_normal((3, 64)).astype(np.float32)
+    piece = np_rng.integers(0, 256, (3, 210), dtype=np.uint8)
     changes = {
         "plain.weight": plain,
         "four.weight": Deferred("U8", four.shape, lambda: iter((four[:2], four[2:])), (source,)),
@@ -350,8 +345,8 @@ def test_replaces_tensors_and_nothing_else(tmp_path: Path, rng: np.random.Genera
     assert np.array_equal(again["deep.weight"][1], piece)
 
 
-def test_saving_refuses(tmp_path: Path, rng: np.random.Generator) -> None:
-    source = written(tmp_path / "m.gguf", rng)
+def test_saving_refuses(tmp_path: Path, np_rng: np.random.Generator) -> None:
+    source = written(tmp_path / "m.gguf", np_rng)
     like = open_checkpoint(source)
     assert isinstance(like, GGUFCheckpoint)
     target = tmp_path / "new.gguf"

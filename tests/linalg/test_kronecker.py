@@ -20,13 +20,6 @@ from peftsurgery.linalg.randomized import DenseTiles
 torch.set_num_threads(1)
 
 
-@pytest.fixture
-def generator() -> torch.Generator:
-    random = torch.Generator()
-    random.seed()
-    return random
-
-
 def optimum(matrix: Tensor, a: int, c: int) -> float:
     """The relative error of the nearest product, by Van Loan's rearrangement."""
     rows, columns = matrix.shape
@@ -53,10 +46,10 @@ def distance(matrix: Tensor, found: Kronecker) -> float:
 )
 @pytest.mark.parametrize("step", [1, 7, 100])
 def test_dense_and_factors_reach_the_optimum(
-    rows: int, columns: int, a: int, c: int, step: int, generator: torch.Generator
+    rows: int, columns: int, a: int, c: int, step: int, rng: torch.Generator
 ) -> None:
-    up = torch.randn(rows, 5, generator=generator)
-    down = torch.randn(5, columns, generator=generator)
+    up = torch.randn(rows, 5, generator=rng)
+    down = torch.randn(5, columns, generator=rng)
     matrix = up @ down
     best = optimum(matrix, a, c)
     for source in (DenseTiles(matrix, step), (up, down)):
@@ -69,16 +62,16 @@ def test_dense_and_factors_reach_the_optimum(
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-15, 1e12])
-def test_a_kronecker_product_comes_back(scale: float, generator: torch.Generator) -> None:
-    first = torch.randn(6, 4, generator=generator)
-    second = torch.randn(5, 9, generator=generator) * scale
+def test_a_kronecker_product_comes_back(scale: float, rng: torch.Generator) -> None:
+    first = torch.randn(6, 4, generator=rng)
+    second = torch.randn(5, 9, generator=rng) * scale
     matrix = torch.kron(first, second)
     assert distance(matrix, nearest_kronecker(DenseTiles(matrix, 8), 6, 4)) < 1e-6
 
 
-def test_choices_are_all_splits_with_their_errors(generator: torch.Generator) -> None:
-    up = torch.randn(12, 2, generator=generator)
-    down = torch.randn(2, 18, generator=generator)
+def test_choices_are_all_splits_with_their_errors(rng: torch.Generator) -> None:
+    up = torch.randn(12, 2, generator=rng)
+    down = torch.randn(2, 18, generator=rng)
     matrix = up @ down
     found = kronecker_choices((up, down), unit=3)
     assert {(s.a, s.c) for s in found} == set(splits(12, 18, 3))
@@ -94,7 +87,7 @@ def test_choices_are_all_splits_with_their_errors(generator: torch.Generator) ->
     assert kronecker_choices((up, down), parameters=5) == []
 
 
-def test_hostile(generator: torch.Generator) -> None:
+def test_hostile(rng: torch.Generator) -> None:
     zero = nearest_kronecker(DenseTiles(torch.zeros(6, 8)), 2, 4)
     assert zero.error == 0
     assert float(zero.first.abs().max()) == float(zero.second.abs().max()) == 0

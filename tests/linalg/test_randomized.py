@@ -28,13 +28,6 @@ SPECTRA = {
 }
 
 
-@pytest.fixture
-def generator() -> torch.Generator:
-    random = torch.Generator()
-    random.seed()
-    return random
-
-
 def with_spectrum(spectrum: Tensor, rows: int, columns: int, random: torch.Generator) -> Tensor:
     k = spectrum.numel()
     left = torch.linalg.qr(torch.randn(rows, k, generator=random, dtype=torch.float64)).Q
@@ -60,20 +53,20 @@ def noisy(rows: int, columns: int, random: torch.Generator) -> Tensor:
     ("rows", "columns", "rank"), [(300, 211, 8), (190, 420, 24), (611, 700, 48), (500, 333, 1)]
 )
 def test_error_at_a_fixed_rank_is_near_the_optimum_and_within_the_bound(
-    kind: str, rows: int, columns: int, rank: int, generator: torch.Generator
+    kind: str, rows: int, columns: int, rank: int, rng: torch.Generator
 ) -> None:
     if kind == "gaussian":
-        matrix = torch.randn(rows, columns, generator=generator)
+        matrix = torch.randn(rows, columns, generator=rng)
     elif kind == "bf16":
-        matrix = noisy(rows, columns, generator)
+        matrix = noisy(rows, columns, rng)
     else:
         spectrum = SPECTRA[kind](torch.arange(1, min(rows, columns) + 1, dtype=torch.float64))
-        matrix = with_spectrum(spectrum, rows, columns, generator).float()
-    seed = int(torch.randint(1 << 30, (), generator=generator))
+        matrix = with_spectrum(spectrum, rows, columns, rng).float()
+    seed = int(torch.randint(1 << 30, (), generator=rng))
     found = randomized_svd(DenseTiles(matrix, 37), rank, dense=False, seed=seed)
     size = float(matrix.double().norm())
     optimum = float(torch.linalg.svdvals(matrix.double())[rank:].norm())
-    rounding = 2e-6 * size
+    rounding = 5e-6 * size  # of the least singular directions: fp32 eps times σ_1 / σ_k and a few
     assert found.s.numel() == rank
     assert residual(matrix, found) <= 1.005 * optimum + rounding
     assert residual(matrix, found) <= found.bound * optimum + rounding
@@ -84,10 +77,10 @@ def test_error_at_a_fixed_rank_is_near_the_optimum_and_within_the_bound(
 
 
 @pytest.mark.parametrize("rank", ["energy:0.4", "90", "max:70"])
-def test_equal_singular_values_are_all_found(rank: str, generator: torch.Generator) -> None:
+def test_equal_singular_values_are_all_found(rank: str, rng: torch.Generator) -> None:
     """A Krylov space holds as many vectors of one eigenvalue as it began with."""
     spectrum = torch.where(torch.arange(400) < 80, 1.0, 0.05)
-    matrix = with_spectrum(spectrum, 400, 500, generator).float()
+    matrix = with_spectrum(spectrum, 400, 500, rng).float()
     found = randomized_svd(DenseTiles(matrix), rank, dense=False)
     optimum = float(spectrum[found.s.numel() :].double().norm())
     assert residual(matrix, found) <= 1.005 * optimum
@@ -97,11 +90,9 @@ def test_equal_singular_values_are_all_found(rank: str, generator: torch.Generat
 
 
 @pytest.mark.parametrize("shape", [(700, 300), (300, 700), (600, 600)])
-def test_the_gram_matrix_gives_the_dense_svd(
-    shape: tuple[int, int], generator: torch.Generator
-) -> None:
+def test_the_gram_matrix_gives_the_dense_svd(shape: tuple[int, int], rng: torch.Generator) -> None:
     spectrum = 10.0 ** -torch.linspace(0, 6, 300, dtype=torch.float64)
-    matrix = with_spectrum(spectrum, *shape, generator).float()
+    matrix = with_spectrum(spectrum, *shape, rng).float()
     found = randomized_svd(DenseTiles(matrix, 41), "cumulative:0.999")
     exact = torch.linalg.svdvals(matrix.double())
     k = found.s.numel()
@@ -117,10 +108,10 @@ def test_the_gram_matrix_gives_the_dense_svd(
 @pytest.mark.parametrize("share", [0.3, 0.8, 0.95])
 @pytest.mark.parametrize("kind", ["slow", "1/j", "exponential"])
 def test_energy_target_is_met_with_nearly_the_smallest_rank(
-    kind: str, share: float, generator: torch.Generator
+    kind: str, share: float, rng: torch.Generator
 ) -> None:
     spectrum = SPECTRA[kind](torch.arange(1, 321, dtype=torch.float64))
-    matrix = with_spectrum(spectrum, 400, 320, generator).float()
+    matrix = with_spectrum(spectrum, 400, 320, rng).float()
     found = randomized_svd(DenseTiles(matrix, 64), f"energy:{share}")
     sums = spectrum.square().cumsum(0) / spectrum.square().sum()
     least = int((sums < share).sum()) + 1
@@ -131,17 +122,17 @@ def test_energy_target_is_met_with_nearly_the_smallest_rank(
 
 
 def test_a_cap_bounds_the_rank_and_the_energy_kept_is_still_exact(
-    generator: torch.Generator,
+    rng: torch.Generator,
 ) -> None:
-    matrix = torch.randn(260, 330, generator=generator)
+    matrix = torch.randn(260, 330, generator=rng)
     found = randomized_svd(DenseTiles(matrix), "max:11,energy:0.999", dense=False)
     assert found.s.numel() == 11
     assert found.energy == pytest.approx(1 - residual(matrix, found) ** 2 / found.total, abs=1e-5)
 
 
-def test_a_low_rank_matrix_comes_back_whole(generator: torch.Generator) -> None:
-    up = torch.randn(250, 6, generator=generator)
-    down = torch.randn(6, 400, generator=generator)
+def test_a_low_rank_matrix_comes_back_whole(rng: torch.Generator) -> None:
+    up = torch.randn(250, 6, generator=rng)
+    down = torch.randn(6, 400, generator=rng)
     for scale in (1.0, 1e-18, 1e15):
         matrix = scale * up @ down
         found = randomized_svd(DenseTiles(matrix), "energy:1", dense=None)
@@ -153,21 +144,21 @@ def test_a_low_rank_matrix_comes_back_whole(generator: torch.Generator) -> None:
 
 
 @pytest.mark.parametrize("dense", [False, None])
-def test_odd_matrices(dense: bool | None, generator: torch.Generator) -> None:
+def test_odd_matrices(dense: bool | None, rng: torch.Generator) -> None:
     zero = randomized_svd(DenseTiles(torch.zeros(130, 140)), 4, dense=dense)
     assert zero.energy == 1
     assert zero.error == 0
     assert float(zero.s.abs().max()) == 0
     assert bool(torch.isfinite(zero.u).all() & torch.isfinite(zero.vh).all())
     for shape in ((1, 200), (200, 1), (1, 1), (3, 150)):
-        matrix = torch.randn(shape, generator=generator)
+        matrix = torch.randn(shape, generator=rng)
         found = randomized_svd(DenseTiles(matrix), 64, dense=dense)
         assert found.s.numel() == min(shape)
         assert residual(matrix, found) <= 1e-5 * float(matrix.norm())
-    small = (torch.randn(150, 140, generator=generator) * 1e-7).half()
+    small = (torch.randn(150, 140, generator=rng) * 1e-7).half()
     found = randomized_svd(DenseTiles(small), 140, dense=dense)
     assert residual(small, found) <= 1e-5 * float(small.double().norm())
-    twice = torch.randn(100, 160, generator=generator).repeat(2, 1)
+    twice = torch.randn(100, 160, generator=rng).repeat(2, 1)
     found = randomized_svd(DenseTiles(twice), 100, dense=dense)
     assert residual(twice, found) <= 1e-5 * float(twice.double().norm())
 
@@ -181,8 +172,8 @@ def test_nan_is_named(value: float, dense: bool) -> None:
         randomized_svd(DenseTiles(matrix, 32), 3, dense=dense)
 
 
-def test_same_seed_same_result(generator: torch.Generator) -> None:
-    matrix = torch.randn(150, 170, generator=generator)
+def test_same_seed_same_result(rng: torch.Generator) -> None:
+    matrix = torch.randn(150, 170, generator=rng)
     runs = [randomized_svd(DenseTiles(matrix), 5, seed=s, dense=False) for s in (3, 3, 4)]
     assert torch.equal(runs[0].u, runs[1].u)
     assert not torch.equal(runs[0].u, runs[2].u)
@@ -205,7 +196,7 @@ class Counted:
             yield start, self.matrix[start : start + 20]
 
 
-def test_few_readings_and_none_after_the_cap_is_reached(generator: torch.Generator) -> None:
-    source = Counted(torch.randn(400, 300, generator=generator))
+def test_few_readings_and_none_after_the_cap_is_reached(rng: torch.Generator) -> None:
+    source = Counted(torch.randn(400, 300, generator=rng))
     randomized_svd(source, "max:16,energy:0.999")
     assert source.readings <= 8

@@ -21,18 +21,16 @@ torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("make", [mixtral, qwen])
-def test_stacked_experts_come_back(tmp_path: Path, make: object) -> None:
+def test_stacked_experts_come_back(tmp_path: Path, make: object, rng: torch.Generator) -> None:
     """Whichever way transformers stores them: a LoRA on every expert, merged to TUNED again."""
     model = built(make)
     model.save_pretrained(tmp_path / "base")
-    random = torch.Generator()
-    random.seed()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "experts" not in name:
                 continue
-            up = torch.randn(*weight.shape[:-1], 2, generator=random)
-            down = torch.randn(*weight.shape[:-2], 2, weight.shape[-1], generator=random)
+            up = torch.randn(*weight.shape[:-1], 2, generator=rng)
+            down = torch.randn(*weight.shape[:-2], 2, weight.shape[-1], generator=rng)
             weight += 0.02 * up @ down
     model.save_pretrained(tmp_path / "tuned")
     report = ps.extract(tmp_path / "tuned", tmp_path / "base", tmp_path / "out", rank=4)
@@ -46,17 +44,15 @@ def test_stacked_experts_come_back(tmp_path: Path, make: object) -> None:
         torch.testing.assert_close(after[name], weight, rtol=1e-5, atol=1e-5)
 
 
-def test_stacks_stored_turned_come_back(tmp_path: Path) -> None:
+def test_stacks_stored_turned_come_back(tmp_path: Path, rng: torch.Generator) -> None:
     """GPT-OSS keeps its experts as (experts, in, out); biases of experts have no place."""
     model = built(gpt_oss)
     model.save_pretrained(tmp_path / "base")
-    random = torch.Generator()
-    random.seed()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "experts" in name and weight.ndim == 3:
-                up = torch.randn(*weight.shape[:-1], 2, generator=random)
-                down = torch.randn(*weight.shape[:-2], 2, weight.shape[-1], generator=random)
+                up = torch.randn(*weight.shape[:-1], 2, generator=rng)
+                down = torch.randn(*weight.shape[:-2], 2, weight.shape[-1], generator=rng)
                 weight += 0.02 * up @ down
         model.save_pretrained(tmp_path / "tuned")
         for name, weight in model.named_parameters():

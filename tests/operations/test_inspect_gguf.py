@@ -19,8 +19,7 @@ from peftsurgery.quantizers.gguf_view import GGUF_FORMATS
 
 
 @pytest.fixture
-def base(tmp_path: Path) -> Path:
-    rng = np.random.default_rng()
+def base(tmp_path: Path, np_rng: np.random.Generator) -> Path:
     path = tmp_path / "base.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
@@ -29,7 +28,7 @@ def base(tmp_path: Path) -> Path:
         for leaf, kind in (("attn_q", "Q8_0"), ("attn_k", "Q8_0"), ("ffn_up", "IQ2_XXS")):
             code = gguf.GGMLQuantizationType[kind]
             block, size = gguf.GGML_QUANT_SIZES[code]
-            raw = rng.integers(0, 60, (16, 256 // block * size), dtype=np.uint8)
+            raw = np_rng.integers(0, 60, (16, 256 // block * size), dtype=np.uint8)
             writer.add_tensor(f"blk.{layer}.{leaf}.weight", raw, raw_dtype=code)
         writer.add_tensor(f"blk.{layer}.attn_norm.weight", np.ones(256, np.float32))
     writer.write_header_to_file()

@@ -90,17 +90,12 @@ def write_adapter(folder: Path, model: dict[str, Tensor], *, size: float) -> dic
     return deltas
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng()
-
-
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_1", "Q4_K", "F16"])
 def test_same_types_and_nothing_else_touched(
-    tmp_path: Path, rng: np.random.Generator, kind: str
+    tmp_path: Path, np_rng: np.random.Generator, kind: str
 ) -> None:
     base, out = tmp_path / "base.gguf", tmp_path / "out.gguf"
-    model = write_base(base, kind, rng)
+    model = write_base(base, kind, np_rng)
     deltas = write_adapter(tmp_path / "lora", model, size=0.2)
     report = ps.merge(base, [(tmp_path / "lora", 1.0)], out, verify="full")
     assert report.ok
@@ -126,9 +121,9 @@ def test_same_types_and_nothing_else_touched(
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q5_K"])
 def test_unpacked_under_the_names_of_transformers(
-    tmp_path: Path, rng: np.random.Generator, kind: str
+    tmp_path: Path, np_rng: np.random.Generator, kind: str
 ) -> None:
-    model = write_base(tmp_path / "base.gguf", kind, rng)
+    model = write_base(tmp_path / "base.gguf", kind, np_rng)
     deltas = write_adapter(tmp_path / "lora", model, size=0.2)
     out = tmp_path / "out.safetensors"
     ps.merge(
@@ -141,9 +136,9 @@ def test_unpacked_under_the_names_of_transformers(
         assert torch.allclose(written[name], wanted, atol=1e-6 * float(weight.abs().max())), name
 
 
-def test_refusals(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_refusals(tmp_path: Path, np_rng: np.random.Generator) -> None:
     base = tmp_path / "base.gguf"
-    model = write_base(base, "Q8_0", rng)
+    model = write_base(base, "Q8_0", np_rng)
     write_adapter(tmp_path / "lora", model, size=0.1)
     adapters = [(tmp_path / "lora", 1.0)]
     with pytest.raises(UsageError, match=r"written as \.gguf"):
@@ -157,7 +152,7 @@ def test_refusals(tmp_path: Path, rng: np.random.Generator) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"base.gguf", "lora"}
 
 
-def test_a_type_that_is_only_copied(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_a_type_that_is_only_copied(tmp_path: Path, np_rng: np.random.Generator) -> None:
     """Untouched it passes through; a change of it is refused by name."""
     base = tmp_path / "base.gguf"
     writer = gguf.GGUFWriter(base, "qwen2")
@@ -165,7 +160,7 @@ def test_a_type_that_is_only_copied(tmp_path: Path, rng: np.random.Generator) ->
     for leaf, kind in kinds.items():
         code = gguf.GGMLQuantizationType[kind]
         block, size = gguf.GGML_QUANT_SIZES[code]
-        raw = rng.integers(0, 60, (8, 256 // block * size), dtype=np.uint8)
+        raw = np_rng.integers(0, 60, (8, 256 // block * size), dtype=np.uint8)
         writer.add_tensor(f"blk.0.{leaf}.weight", raw, raw_dtype=code)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -192,11 +187,11 @@ def test_a_type_that_is_only_copied(tmp_path: Path, rng: np.random.Generator) ->
     assert not (tmp_path / "other.gguf").exists()
 
 
-def test_an_image_model_with_fused_weights(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_an_image_model_with_fused_weights(tmp_path: Path, np_rng: np.random.Generator) -> None:
     """ComfyUI-GGUF keeps the original names; q is the first third of its qkv."""
     base, out = tmp_path / "flux.gguf", tmp_path / "out.gguf"
     code = gguf.GGMLQuantizationType.Q8_0
-    values = rng.normal(0, 0.05, (3 * 64, 64)).astype(np.float32)
+    values = np_rng.normal(0, 0.05, (3 * 64, 64)).astype(np.float32)
     writer = gguf.GGUFWriter(base, "flux")
     for name in ("double_blocks.0.img_attn.qkv", "double_blocks.0.txt_attn.qkv"):
         writer.add_tensor(f"{name}.weight", gguf.quants.quantize(values, code), raw_dtype=code)

@@ -202,10 +202,10 @@ def test_experts_are_slices_of_their_stack(tmp_path: Path) -> None:
     assert checkpoint[part.name].file_range() == part.file_range()
 
 
-def test_image_models_keep_their_names(tmp_path: Path) -> None:
+def test_image_models_keep_their_names(tmp_path: Path, np_rng: np.random.Generator) -> None:
     path = tmp_path / "flux.gguf"
     writer = gguf.GGUFWriter(path, "flux")
-    weight = np.random.default_rng().normal(0, 1, (6, 64)).astype(np.float32)
+    weight = np_rng.normal(0, 1, (6, 64)).astype(np.float32)
     raw = gguf.quants.quantize(weight, gguf.GGMLQuantizationType.Q4_0)
     writer.add_tensor(
         "double_blocks.0.img_attn.proj.weight", raw, raw_dtype=gguf.GGMLQuantizationType.Q4_0
