@@ -24,6 +24,8 @@ def expand(template: str) -> tuple[str, ...]:
 
     `a.[b,c.d]` is `("a.b", "a.c.d")`. A template without brackets is returned alone.
     """
+    if "[" not in template:
+        return (template,)
     pieces = _BRACKET.split(template)
     options = [[p] if i % 2 == 0 else p.split(",") for i, p in enumerate(pieces)]
     return tuple("".join(choice) for choice in product(*options))
@@ -86,16 +88,29 @@ class Trie(Generic[T]):
     With separator "." the tokens are path segments. With "_" the templates are entered flattened,
     so a segment such as `to_q` is two tokens: segment borders are gone from the name, hence also
     from the trie, and every template that flattens to the name is found.
+
+    Templates wait under their first token until a name begins with it: most names that are looked
+    up begin like none of a vocabulary's.
     """
 
     def __init__(self, separator: str) -> None:
         self._separator = separator
         self._root: _Node[T] = _Node()
+        self._waiting: dict[str, list[tuple[str, T]]] = {}
 
     def add(self, template: str, value: T) -> None:
-        node = self._root
+        """Enter a template with what it stands for."""
         text = flatten(template) if self._separator == "_" else template
-        for token in text.split(self._separator):
+        first, _, rest = text.partition(self._separator)
+        if first == "{}":
+            self._enter(self._root, text, value)
+        elif first in self._root.children:
+            self._enter(self._root.children[first], rest, value)
+        else:
+            self._waiting.setdefault(first, []).append((rest, value))
+
+    def _enter(self, node: _Node[T], text: str, value: T) -> None:
+        for token in text.split(self._separator) if text else ():
             if token == "{}":
                 if node.any_integer is None:
                     node.any_integer = _Node()
@@ -107,9 +122,20 @@ class Trie(Generic[T]):
                 node = child
         node.values.append(value)
 
+    def _grow(self, first: str) -> None:
+        """Enter what waits under a token; other threads see it complete or not at all."""
+        below = _Node[T]()
+        for rest, value in self._waiting.get(first, ()):
+            self._enter(below, rest, value)
+        if first in self._waiting:
+            self._root.children[first] = below
+            self._waiting.pop(first, None)
+
     def find(self, name: str) -> list[tuple[T, tuple[str, ...]]]:
         """(value, numbers) of every template that `name` is an instance of."""
         tokens = name.split(self._separator)
+        if tokens[0] in self._waiting:
+            self._grow(tokens[0])
         end = len(tokens)
         found: list[tuple[T, tuple[str, ...]]] = []
         open_nodes: list[tuple[_Node[T], int, tuple[str, ...]]] = [(self._root, 0, ())]
@@ -136,5 +162,5 @@ def check_same_numbers(templates: Mapping[str, str], where: str) -> None:
     if len(set(counts.values())) > 1:
         raise UsageError(f"{where}: the columns hold different numbers of {{}}: {dict(templates)}")
     for template in templates.values():
-        if any("{" in s and s != "{}" for s in template.split(".")):
+        if "{" in template and any("{" in s and s != "{}" for s in template.split(".")):
             raise UsageError(f"{where}: {{}} must be a whole segment in {template!r}")

@@ -89,6 +89,11 @@ class Checkpoint(Mapping[str, LazyTensor]):
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self._tensors.values())
 
+    def populate(self) -> None:
+        """Map the files for reading them whole; see `FileMap.populate`."""
+        for file in self._maps:
+            file.populate()
+
     def release(self) -> None:
         """Give the memory of everything read so far back to the system; see `FileMap.release`."""
         for file in self._maps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import os
@@ -17,6 +18,9 @@ from peftsurgery.errors import UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     import torch
+
+
+_POPULATE_READ = 22  # MADV_POPULATE_READ; the mmap module has no name for it
 
 
 class FileMap:
@@ -57,6 +61,14 @@ class FileMap:
             finally:
                 os.close(fd)
         return self._view
+
+    def populate(self) -> None:
+        """Map every page at once, for a file that is about to be read whole: taken one by one as
+        they are touched, they cost a fifth of a copy. Does nothing on systems without the call.
+        """
+        if sys.platform == "linux" and self.size:
+            with contextlib.suppress(OSError):  # before Linux 5.14
+                self.view.obj.madvise(_POPULATE_READ)  # pyright: ignore[reportAttributeAccessIssue]
 
     def release(self) -> None:
         """Give the resident pages of the map back; the next access reads the file again.

@@ -89,6 +89,8 @@ def convert(
     hashing = Hashing(source, enabled=not dry_run)
     weights, known = base_weights(base, architecture, kept)
     tensors = Headers(kept) if dry_run else kept
+    if not dry_run:
+        kept.populate()
     adapter = decode(tensors, architecture=architecture, known=known)
     if weights is not None:
         adapter = settle(adapter, weights.shape_of)

@@ -1,22 +1,21 @@
 """How fast `merge` is, beside `cp` of the base and beside PEFT and diffusers doing the same job.
 
-    python tests/benchmarks/merge.py tinyllama          # 2.2 GB bf16, sharded, rank 16 on all
-    linears
-    python tests/benchmarks/merge.py sdxl               # 5.1 GB fp16 UNet, rank 128 on every linear
-    and conv
-    python tests/benchmarks/merge.py 7b                 # 13.5 GB bf16, 3 shards, rank 16 on all
-    linears python tests/benchmarks/merge.py tinyllama --peers  # beside them PEFT or diffusers
-    (slow, much memory)
+    python tests/benchmarks/merge.py tinyllama          # 2.2 GB bf16, 2 shards, rank 16 on linears
+    python tests/benchmarks/merge.py sdxl               # 5.1 GB fp16 UNet, rank 128, convs too
+    python tests/benchmarks/merge.py 7b                 # 13.5 GB bf16, 3 shards, rank 16 on linears
+    python tests/benchmarks/merge.py tinyllama --peers  # PEFT or diffusers too: slow, much memory
 
 A benchmark and not a test: it prints figures and ratios of one run and always ends with 0. Bases
 and adapters are generated (seeded random numbers of real shapes) under --folder, and kept there for
 the next run when it is given.
 
 * cp: coreutils' `cp` of the base's weight files in the same round, with `sync` of the copies where
-it says fsync; ours
-  waits for the disk too, so that is the fair partner. Rounds alternate.
+  it says fsync; ours waits for the disk too, so that is the fair partner. Rounds alternate.
+* limits: what no merge in a fresh process can do without: importing torch, the products up @ down
+  in fp32 added to one tile that stays in the cache, and `cp`. Their sum against the whole process
+  says what is left to win.
 * memory: peak RssAnon, the memory really taken; ru_maxrss also counts resident pages of mapped
-inputs.
+  inputs.
 """
 
 from __future__ import annotations
@@ -194,6 +193,33 @@ unet.half().save_pretrained(sys.argv[3])
 """
 
 
+PRODUCTS = """
+import sys, time, torch
+from pathlib import Path
+from safetensors.torch import load_file
+path = Path(sys.argv[1])
+factors = load_file(path / "adapter_model.safetensors" if path.is_dir() else path)
+ends = ("lora_down.weight", "lora_up.weight"), ("lora_A.weight", "lora_B.weight")
+pairs = [(factors[k.removesuffix(d) + u].float().flatten(1), t.float().flatten(1))
+    for d, u in ends for k, t in factors.items() if k.endswith(d)]
+tile = torch.zeros(1 << 20)
+begin = time.perf_counter()
+for up, down in pairs:
+    step = max(1, tile.numel() // down.shape[1])
+    for row in range(0, up.shape[0], step):
+        part = up[row : row + step]
+        tile[: part.shape[0] * down.shape[1]].view(part.shape[0], -1).addmm_(part, down)
+print("SECONDS", time.perf_counter() - begin)
+"""
+
+
+def limits(adapter: Path) -> tuple[float, float]:
+    """Seconds to import torch, and for the products of all modules."""
+    imported = run(sys.executable, "-c", "import torch").wall
+    products = run(sys.executable, "-c", PRODUCTS, adapter).output
+    return imported, float(products.rpartition("SECONDS ")[2])
+
+
 def measure(case: str, folder: Path, rounds: int, peers: bool) -> list[tuple[str, str]]:
     """Rows of the printed table."""
     base = folder / ("base.safetensors" if case == "sdxl" else "base")
@@ -212,6 +238,8 @@ def measure(case: str, folder: Path, rounds: int, peers: bool) -> list[tuple[str
         _remove(result)
         ours.append(run(*command, "-q", "--architecture", "sdxl" if case == "sdxl" else "llm"))
     walls = [r.wall for r in ours]
+    imported, products = limits(adapter)
+    bound = imported + products + statistics.median(plain)
     rows = [
         ("base", f"{size / 1e9:.2f} GB in {len(files)} files"),
         ("merge, whole process", f"{statistics.median(walls):.1f} s (min {min(walls):.1f})"),
@@ -225,6 +253,8 @@ def measure(case: str, folder: Path, rounds: int, peers: bool) -> list[tuple[str
             "speed against cp + fsync",
             f"{statistics.median([c / w for c, w in zip(synced, walls, strict=True)]):.2f}",
         ),
+        ("limits", f"import {imported:.1f} s, products {products:.1f} s, cp: {bound:.1f} s"),
+        ("share of the limits", f"{bound / statistics.median(walls):.2f}"),
         ("peak anonymous memory", f"{max(r.anonymous for r in ours) / 1e6:.0f} MB"),
         ("peak ru_maxrss", f"{max(r.rss for r in ours) / 1e6:.0f} MB"),
         ("adapter", f"{_bytes(adapter) / 1e6:.0f} MB"),
