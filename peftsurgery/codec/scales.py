@@ -150,9 +150,11 @@ def patterns(values: Mapping[str, float], default: float) -> dict[str, float]:
     PEFT matches `(.*\\.)?(pattern)$`, so a name that is also the tail of another module's name is
     anchored with `^`.
     """
+    others = {path: value for path, value in values.items() if value != default}
+    if not others:
+        return {}
     tails = {path[index + 1 :] for path in values for index, char in enumerate(path) if char == "."}
     return {
         ("^" + path if "." not in path or path in tails else path): value
-        for path, value in values.items()
-        if value != default
+        for path, value in others.items()
     }
