@@ -177,6 +177,13 @@ def _without(checkpoint: Checkpoint, patterns: Sequence[str]) -> Checkpoint:
     if not patterns:
         return checkpoint
     kept = {k: checkpoint[k] for k in checkpoint if not _matches(k, patterns)}
+    left_out = [k for k in checkpoint if k not in kept and ".vera_lambda_" in k]
+    if left_out and not any("base_model.vera_A" in k for k in checkpoint):
+        raise UsageError(
+            f"--drop matches {left_out[0]!r} of a VeRA whose projections are not in the file: they "
+            "are drawn for the largest of all its layers. Drop the module by its path, as inspect "
+            "prints it, with --base."
+        )
     return checkpoint.with_tensors(kept)
 
 
