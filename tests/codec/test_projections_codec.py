@@ -183,7 +183,7 @@ def test_drawn_projections_keep_their_seed_and_need_all_their_layers(
     del adapter.modules["model:model.layers.1.self_attn.q_proj"]
     with pytest.raises(UnsupportedError, match="largest of the layers"):
         encode(adapter, "peft")
-    with pytest.raises(UsageError, match=r"--drop matches .*layers\.1.*Drop the module by its path"):
+    with pytest.raises(UsageError, match=r"--drop matches .*layers\.1.*by its path"):
         convert(source, tmp_path / "b", to="peft", drop=["*layers.1.*vera_lambda*"])
     assert not (tmp_path / "b").exists()
 
