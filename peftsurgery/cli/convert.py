@@ -49,6 +49,11 @@ from peftsurgery.layouts import LAYOUT_NAMES
     metavar="COMPONENT",
     help="Convert these components only: unet, text_encoder, … (repeatable).",
 )
+@click.option(
+    "--keep-unknown",
+    is_flag=True,
+    help="Carry keys that nothing explains as they are, instead of refusing the file.",
+)
 @options.overwrite
 @options.dry_run
 @options.allow_pickle
@@ -66,6 +71,7 @@ def convert(
     alpha: str,
     drop: tuple[str, ...],
     only: tuple[str, ...],
+    keep_unknown: bool,
     overwrite: bool,
     dry_run: bool,
     allow_pickle: bool,
@@ -95,6 +101,7 @@ def convert(
             alpha=alpha,
             drop=drop,
             only=only or None,
+            keep_unknown=keep_unknown,
             overwrite=overwrite,
             dry_run=dry_run,
             allow_pickle=allow_pickle,

@@ -12,7 +12,7 @@ from peftsurgery.checkpoint import Checkpoint
 from peftsurgery.codec.conventions import Conventions
 from peftsurgery.codec.detect import Explanation
 from peftsurgery.codec.explaining import explain_checkpoint
-from peftsurgery.codec.keys import Record, rank_and_shape
+from peftsurgery.codec.keys import BASE_COPY, Record, is_unknown, rank_and_shape
 from peftsurgery.codec.labelling import label
 from peftsurgery.codec.maps import MAPS, read
 from peftsurgery.codec.placing import place
@@ -29,19 +29,20 @@ def decode(
     *,
     architecture: str | None = None,
     known: Mapping[str, Iterable[str]] | None = None,
+    keep_unknown: bool = False,
 ) -> Adapter:
     """The canonical adapter of a file.
 
     architecture: name of the family, when it is not to be detected. known: module names of the
     base, component -> dotted home names, which lets flattened names of any model be read.
+    keep_unknown: what nothing explains is among the extras, instead of an error.
 
     Factors are views of the file's memory map: nothing is copied until something changes.
     """
-    explanation = explain_checkpoint(checkpoint, architecture=architecture, known=known)
+    explanation = explain_checkpoint(
+        checkpoint, architecture=architecture, known=known, keep_unknown=keep_unknown
+    )
     return Decoder(checkpoint, explanation).run()
-
-
-BASE_COPY = ".base_layer.weight"
 
 
 class Decoder:
@@ -94,6 +95,16 @@ class Decoder:
                     "merging takes the weight of the base instead; they differ when the vocabulary "
                     "was resized",
                 )
+        if unknown := [key for key in parsed.carried if is_unknown(key)]:
+            self.findings.append(
+                Finding(
+                    "warning",
+                    "kept-unknown",
+                    f"{len(unknown)} keys that nothing explains are carried as they are",
+                    unknown[0],
+                    "what they mean is not checked, and other programs may refuse them",
+                )
+            )
         layout, deviations = label(
             self.explanation, any("alpha" in r.keys for r in parsed.records.values())
         )

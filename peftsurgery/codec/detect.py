@@ -96,12 +96,14 @@ def detect(
     architecture: str | None = None,
     known: Mapping[str, Iterable[str]] | None = None,
     metadata: Mapping[str, str] | None = None,
+    keep_unknown: bool = False,
 ) -> Explanation:
     """The explanation that accounts for every module of the file.
 
     Tried as the file stands, then after removing wrapper segments, then after undoing doubled
     prefixes; each repair is counted in `parsed.repairs`. Families without a table take what none of
-    these explains.
+    these explains. keep_unknown: of the candidates that explain most, and at least one module; the
+    keys of the others are carried.
 
     Raises UsageError naming the first keys the two best candidates cannot explain, or the
     candidates between which shapes and metadata do not decide.
@@ -136,7 +138,20 @@ def detect(
         for candidate in tried
         for name in names
     ]
+    if keep_unknown and any(e.placements for e in attempts):
+        fewest = min(len(e.unexplained) for e in attempts)
+        best = [e for e in attempts if len(e.unexplained) == fewest]
+        stage = [e for e in best if e.parsed is best[0].parsed]  # as little repaired as possible
+        return _carried(_decide(stage, source, metadata or {}))
     raise UsageError(_cannot_explain(source, attempts))
+
+
+def _carried(partial: Explanation) -> Explanation:
+    """The explanation of what it explains; the tensors of the other modules are carried."""
+    for module in partial.unexplained:
+        partial.parsed.carried += partial.parsed.records.pop(module).keys.values()
+    partial.unexplained.clear()
+    return partial
 
 
 def _repairs(parsed: Parsed) -> Iterator[Parsed]:
@@ -201,7 +216,10 @@ def _cannot_explain(source: str, attempts: list[Explanation]) -> str:
             f"{', '.join(map(repr, keys))}: no module of {e.architecture.title} has such a name"
             f"{_closest(e, e.unexplained[0])}."
         )
-    lines.append("  Pass --architecture, or --base with the checkpoint it was trained on.")
+    lines.append(
+        "  Pass --architecture, or --base with the checkpoint it was trained on; convert "
+        "--keep-unknown carries what is left as it is."
+    )
     return "\n".join(lines)
 
 

@@ -4,7 +4,7 @@ possible.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,7 @@ from peftsurgery.algorithms import LoKr, WeightAdapter, swap_halves
 from peftsurgery.algorithms.slots import bit_equal
 from peftsurgery.architectures import Component, Site
 from peftsurgery.codec.describing import config_of, metadata_of
+from peftsurgery.codec.keys import BASE_COPY, is_unknown
 from peftsurgery.codec.labelling import find_prefix, vocabulary
 from peftsurgery.codec.peft_only import are_values
 from peftsurgery.codec.refusals import LEFT_OUT, LORA_ONLY, Refused, way_out
@@ -37,6 +38,7 @@ class Encoded:
         default_factory=dict
     )  # key -> module paths it was made of
     findings: list[Finding] = field(default_factory=list)
+    release: Callable[[], None] | None = None  # gives memory back that tensors lie in as in a file
 
 
 def encode(adapter: Adapter, layout: str, *, fold_alpha: bool = False) -> Encoded:
@@ -325,10 +327,13 @@ class Encoder:
             if control or (key.startswith("bundle_emb.") and self.layout.embeddings):
                 self.out.setdefault("", {})[key] = tensor
                 self.sources[key] = (key,)
-            elif key.endswith(".base_layer.weight") and self.layout.alpha == "config":
+            elif key.endswith(BASE_COPY) and self.layout.alpha == "config":
                 part, _, name = key.rpartition(":")
                 self.out.setdefault(part if self.in_folders else "", {})[name] = tensor
                 self.sources[f"{part}/{name}" if part else name] = (key,)
+            elif is_unknown(key) and not self.in_folders and key not in self.out.get("", {}):
+                self.out.setdefault("", {})[key] = tensor
+                self.sources[key] = (key,)
             elif key == "lora_controlnet":
                 self.findings.append(
                     Finding(
@@ -350,6 +355,8 @@ class Encoder:
 
 def _kind(key: str) -> str:
     """What a carried tensor is, in words."""
-    if key.endswith(".base_layer.weight"):
+    if is_unknown(key):
+        return "a key that nothing explains"
+    if key.endswith(BASE_COPY):
         return "a copy of the base's own weight"
     return "textual-inversion vectors"

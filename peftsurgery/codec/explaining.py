@@ -30,19 +30,24 @@ def explain_checkpoint(
     *,
     architecture: str | None = None,
     known: Mapping[str, Iterable[str]] | None = None,
+    keep_unknown: bool = False,
 ) -> Explanation:
     """Detection from headers alone. Raises UsageError or UnsupportedError as `parse` and `detect`
-    do.
+    do; keep_unknown: keys that nothing explains are carried instead.
     """
     source = checkpoint.source
     parsed = parse(checkpoint, source)
+    if keep_unknown and parsed.records:
+        parsed.carried += parsed.unknown
+        parsed.unknown = []
     if parsed.unknown:
         first = parsed.unknown[0]
         if parsed.records:
             raise UsageError(
                 f"{source}: {len(parsed.unknown)} of {len(checkpoint)} keys have no adapter "
                 f"suffix, first {first!r}. "
-                "Expected suffixes of LoRA, LoHa, LoKr, full, norm or modules_to_save tensors."
+                "Expected suffixes of LoRA, LoHa, LoKr, full, norm or modules_to_save tensors. "
+                "convert --keep-unknown carries them as they are."
             )
     if parsed.records and all(r.suffixes <= PLAIN for r in parsed.records.values()):
         raise UsageError(
@@ -58,4 +63,5 @@ def explain_checkpoint(
         architecture=architecture,
         known=known,
         metadata=checkpoint.metadata,
+        keep_unknown=keep_unknown,
     )

@@ -8,15 +8,17 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from peftsurgery import architectures
 from peftsurgery.adapter import Adapter
-from peftsurgery.checkpoint import open_checkpoint, save, serialized_header
+from peftsurgery.checkpoint import Deferred, open_checkpoint, save, serialized_header
+from peftsurgery.checkpoint.writing import dtype_and_shape
 from peftsurgery.codec.bases import BaseWeights, base_names
 from peftsurgery.codec.decoding import decode
 from peftsurgery.codec.encoding import Encoded, encode
@@ -24,6 +26,8 @@ from peftsurgery.codec.explaining import CONFIG, WEIGHTS, open_adapter
 from peftsurgery.codec.settling import settle
 from peftsurgery.errors import UsageError
 from peftsurgery.layouts import layout_named
+
+STEP = 1 << 26  # bytes read between two releases of memory
 
 
 def load_adapter(
@@ -79,7 +83,7 @@ def write_encoded(
     if row.alpha != "config":
         if path.is_dir():
             raise UsageError(f"{path}: is a folder; {row.title} is one file. Give a file name.")
-        tensors = ordered(encoded.tensors.get("", {}))
+        tensors = _passing(ordered(encoded.tensors.get("", {})), encoded.release)
         return save(path, tensors, encoded.metadata, overwrite=overwrite, sync=sync)
     if path.suffix in (".safetensors", ".sft"):
         raise UsageError(
@@ -91,7 +95,8 @@ def write_encoded(
         for part, tensors in encoded.tensors.items():
             folder = temporary / part
             folder.mkdir(exist_ok=True)
-            save(folder / WEIGHTS, ordered(tensors), encoded.metadata, sync=sync)
+            tensors = _passing(ordered(tensors), encoded.release)
+            save(folder / WEIGHTS, tensors, encoded.metadata, sync=sync)
             _write_text(
                 folder / CONFIG, json.dumps(encoded.configs[part], indent=2, sort_keys=True)
             )
@@ -157,15 +162,51 @@ def ordered(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: tensors[key] for key in sorted(tensors)}
 
 
+class _Passed:
+    """Calls `release` whenever `STEP` bytes have gone by."""
+
+    def __init__(self, release: Callable[[], None] | None) -> None:
+        self._release = release
+        self._bytes = 0
+
+    def add(self, nbytes: int) -> None:
+        self._bytes += nbytes
+        if self._bytes >= STEP and self._release is not None:
+            self._bytes = 0
+            self._release()
+
+
+def _passing(
+    tensors: Mapping[str, torch.Tensor], release: Callable[[], None] | None
+) -> Mapping[str, torch.Tensor | Deferred]:
+    """The same tensors; while they are written, their memory is released now and then."""
+    if release is None:
+        return tensors
+    passed = _Passed(release)
+
+    def chunks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+        yield tensor
+        passed.add(tensor.nbytes)
+
+    return {
+        key: Deferred(*dtype_and_shape(tensor, key), partial(chunks, tensor))
+        for key, tensor in tensors.items()
+    }
+
+
 def kohya_hashes(
-    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str],
+    release: Callable[[], None] | None = None,
 ) -> dict[str, str]:
     """`sshs_model_hash` and `sshs_legacy_hash` of a Kohya file (sd-scripts
     `library/train_util.py`).
 
     Both are of a serialisation that carries the `ss_*` metadata only: SHA-256 of everything behind
-    its header, and the first 8 hex digits of the SHA-256 of 64 KiB at offset 1 MiB.
+    its header, and the first 8 hex digits of the SHA-256 of 64 KiB at offset 1 MiB. release: see
+    `Encoded.release`.
     """
+    passed = _Passed(release)
     kept = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     header, order = serialized_header(ordered(tensors), kept)
     digest = hashlib.sha256()
@@ -179,6 +220,7 @@ def kohya_hashes(
         if low < high:
             window += tensor[low:high].tobytes()
         position += tensor.nbytes
+        passed.add(tensor.nbytes)
     return {
         "sshs_model_hash": digest.hexdigest(),
         "sshs_legacy_hash": hashlib.sha256(bytes(window)).hexdigest()[:8],

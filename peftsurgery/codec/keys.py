@@ -48,6 +48,7 @@ _NAMED = re.compile(
 # tensors of a whole component, not of a module
 _SHARED = re.compile(r"^(?P<component>\w+:)?base_model\.(?P<name>vera_[AB])(?:\.[^.]+)?$")
 _CARRIED = re.compile(r"^bundle_emb\.|^lora_controlnet$")
+BASE_COPY = ".base_layer.weight"  # PEFT's copy of an adapted embedding's own weight
 _TAIL_WORDS = frozenset({"weight", "bias", "scaled_oft"})
 
 
@@ -113,6 +114,11 @@ class Parsed:
     repairs: dict[str, int]
     adapter_name: str | None = None
     shared: dict[str, str] = field(default_factory=dict)  # `component:name` -> key, of all modules
+
+
+def is_unknown(key: str) -> bool:
+    """Whether a carried tensor is one that nothing explains, kept on request."""
+    return not (_CARRIED.match(key) or key.endswith(BASE_COPY))
 
 
 def split(key: str) -> tuple[str, str, str, str] | None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import UsageError
 
 LOST = 1e-6  # of a column: what is smaller is rounding of fp32 products
-JUMP = 1e3  # between norms of row tiles, from which on the unit of the sums is taken anew
+SQUARABLE = (1e-9, 1e15)  # between these norms of M the squares in MᵀM are within fp32
 
 
 class RowTiles(Protocol):
@@ -52,11 +52,14 @@ class KrylovSpace:
         columns = source.matrix_shape[1]
         self._bases = [self._sketched(width)]
         self._images: list[Tensor] = []
-        self._gram = torch.zeros(0, 0, dtype=torch.float64)  # (M X)ᵀ (M X)
-        self._next = torch.zeros(columns, 0)
-        self._coupling = torch.zeros(0, 0, dtype=torch.float64)
+        self._gram = torch.zeros(0, 0, dtype=torch.float64)  # G = (M X)ᵀ (M X)
+        self._outside = torch.zeros(columns, 0)  # N (n, c), orthogonal to X
+        self._coupling = torch.zeros(0, 0, dtype=torch.float64)  # C (c, d): MᵀM X = X G + N C
+        self._metric = torch.zeros(0, 0, dtype=torch.float64)  # NᵀN
         self.values = torch.zeros(0, dtype=torch.float64)
         self._turn = self._gram
+        root = math.sqrt(self.total)
+        self._unit = root if root and not SQUARABLE[0] < root < SQUARABLE[1] else 1.0
 
     @property
     def dimension(self) -> int:
@@ -66,41 +69,52 @@ class KrylovSpace:
     @property
     def exhausted(self) -> bool:
         """Whether MᵀM maps the space into itself: further steps find nothing."""
-        return self._next.shape[1] == 0
+        if self.dimension >= self.source.matrix_shape[1]:
+            return True
+        return not bool((self._metric.diagonal() > LOST**2).any())
 
     def step(self) -> None:
         """Multiply the newest block with M and MᵀM; Ritz values and vectors of MᵀM in the space."""
         rows, columns = self.source.matrix_shape
-        basis = self._bases[-1]
+        basis, unit = self._bases[-1], self._unit
         image = torch.empty(rows, basis.shape[1])
         back = torch.zeros(basis.shape[1], columns)  # rows: twice as fast as columns
-        unit = 0.0
         for start, tile in self.source.tiles():
             some = torch.mm(tile, basis, out=image[start : start + tile.shape[0]])
-            size = float(torch.linalg.vector_norm(some, dtype=torch.float64))
-            if size > JUMP * unit:  # squares of 1e-25 or 1e25 are beyond fp32: count in units
-                back *= (unit / size) ** 2
-                unit = size
-            if size > 0:
-                back.addmm_((some / unit).T, tile, alpha=1 / unit)
+            back.addmm_((some if unit == 1 else some / unit).T, tile, alpha=1 / unit)
         self._images.append(image)
         self._extend_gram(image)
         self.values, turn = torch.linalg.eigh(self._gram)
         self.values, self._turn = self.values.flip(0).clamp_min(0), turn.flip(1)
-        self._next, self._coupling = self._rest(back.T.contiguous())
-        self._coupling *= unit**2
+        self._add_outside(back.T.contiguous())
 
     def grow(self, extra: int = 0) -> None:
-        """Take the next block in, with `extra` fresh Gaussian columns beside it."""
+        """Take all of MᵀM X in, with `extra` fresh Gaussian columns beside it."""
         columns = self.source.matrix_shape[1]
-        extra = min(extra, columns - self.dimension - self._next.shape[1])
-        block = self._next
+        block = orthonormal(self._outside, LOST, columns - self.dimension)
+        if block.shape[1]:
+            block = _polished(_without(block, self._bases))
+        self._outside = torch.zeros(columns, 0)
+        self._coupling = self._coupling[:0]
+        extra = min(extra, columns - self.dimension - block.shape[1])
         if extra > 0:
             block = torch.cat([block, self._fresh(extra, [*self._bases, block])], 1)
             self.random += extra
         self._bases.append(block)
 
-    def excess(self, rank: int) -> float:
+    def grow_narrow(self, rank: int, width: int) -> None:
+        """Take in the `width` directions of MᵀM X in which the leading Ritz vectors' residuals
+        R = N C Z are longest, the leading left singular vectors of R; the others stay outside.
+        """
+        turn = self._coupling @ self._turn[:, :rank]
+        squares, vectors = torch.linalg.eigh(turn.T @ self._metric @ turn)
+        width = min(width, int((squares > LOST**2 * squares[-1]).sum()))
+        longest = turn @ vectors[:, -width:] / squares[-width:].sqrt()
+        block = _polished(_without(self._outside @ longest.float(), self._bases))
+        self._outside.addmm_(block, block.T @ self._outside, alpha=-1)
+        self._bases.append(block)
+
+    def excess(self, rank: int, without: int = 0) -> float:
         """A bound on Σ_{i<=k} σ_i² - Σ_{i<=k} θ_i: what the best approximation of rank k in the
         space lacks, in energy.
 
@@ -114,12 +128,15 @@ class KrylovSpace:
         This holds where no direction outside Z carries more than θ_k (C <= θ_k I), which the random
         start makes true after a step or two but for a probability that falls with each column
         beyond k (Halko et al. 2011, section 10.2).
+
+        without: that many of the longest directions of R are counted as nothing, which is about
+        what is left when `grow_narrow` has taken them in.
         """
         k = min(rank, self.dimension)
-        newest = self._bases[-1].shape[1]
-        residual = self._coupling @ self._turn[-newest:, :k]
-        values, vectors = torch.linalg.eigh(residual.T @ residual)
-        root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+        squares, vectors = torch.linalg.eigh(self._residual_gram(k))
+        lengths = squares.clamp_min(0).sqrt()
+        lengths[k - without :] = 0
+        root = (vectors * lengths) @ vectors.T
         theta = torch.diag(self.values[:k])
         outside = self.values[k - 1] * torch.eye(k, dtype=torch.float64)
         above = torch.cat([torch.cat([theta, root], 1), torch.cat([root, outside], 1)])
@@ -128,8 +145,11 @@ class KrylovSpace:
 
     def residual(self, rank: int) -> float:
         """||MᵀM Z - Z Θ||_F of the leading Ritz vectors."""
-        newest = self._bases[-1].shape[1]
-        return float((self._coupling @ self._turn[-newest:, :rank]).norm())
+        return math.sqrt(max(float(self._residual_gram(rank).trace()), 0.0))
+
+    def _residual_gram(self, rank: int) -> Tensor:
+        turn = self._coupling @ self._turn[:, :rank]
+        return turn.T @ self._metric @ turn
 
     def leading(self, rank: int) -> tuple[Tensor, Tensor]:
         """(M Z (o, k), Z (n, k)) of the leading Ritz vectors Z."""
@@ -147,17 +167,20 @@ class KrylovSpace:
         top = torch.cat([self._gram, side], 1)
         self._gram = torch.cat([top, torch.cat([side.T, own], 1)])
 
-    def _rest(self, back: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, B) with N orthonormal, orthogonal to the space and N B the part of `back` outside."""
+    def _add_outside(self, back: Tensor) -> None:
+        """What of `back` = MᵀM X of the newest block lies outside the space, beside what did."""
         # each column on its own: the rounding of a long one is longer than what a short one finds
         tiny = torch.finfo(torch.float32).tiny
         lengths = torch.linalg.vector_norm(back, dim=0).clamp_min(tiny)
-        outside = _without(back, self._bases)
-        room = back.shape[0] - sum(b.shape[1] for b in self._bases)
-        basis = orthonormal(outside / lengths, LOST, room)
-        if basis.shape[1]:
-            basis = _polished(_without(basis, self._bases))
-        return basis, (basis.T @ outside).double()
+        fresh = _without(back, self._bases) / lengths
+        self._outside = torch.cat([self._outside, fresh], 1)
+        wide = self._outside.double()
+        self._metric = wide.T @ wide
+        before, newest = self._coupling.shape[0], lengths.numel()
+        coupling = torch.zeros(before + newest, self.dimension, dtype=torch.float64)
+        coupling[:before, : self._coupling.shape[1]] = self._coupling
+        coupling[before:, -newest:] = torch.diag(lengths.double() * self._unit**2)
+        self._coupling = coupling
 
     def _sketched(self, width: int) -> Tensor:
         """An orthonormal basis of the columns of Mᵀ Ψ, made up with random ones where M has a

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,8 +18,9 @@ from .krylov import KrylovSpace, RowTiles, require_finite, square
 from .rank_rules import RankRule
 from .svd import core_svd, dense_svd
 
-OVERSAMPLING = 8  # columns of a block beyond the rank
+OVERSAMPLING = 1.25  # columns of a block to one of the rank
 LEAST_WIDTH = 24  # columns of a block: with fewer, reading M costs more than the products
+NARROW = 4  # widths of a block: where the shorter side is less, the Gram matrix costs less
 FIRST_RANK = 32  # tried first when a rule does not name one
 DENSE_SHARE = 0.75  # of the shorter side: a wider space costs more than the Gram matrix
 DENSE_SIDE = 96  # and below this side too
@@ -30,6 +32,7 @@ NOTHING = 1e-12  # of ||M||²: products of factors in fp32 leave less
 UNSEEN = 3e-7  # of ||M||²: energy that fp32 products cannot tell from zero
 STRIPE = 512  # columns taken to fp64 at a time
 EXACT = 1 << 18  # elements up to which LAPACK's SVD in fp64 costs nothing
+HELD = 1 << 25  # elements up to which M is kept in fp32 once it was read
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,31 @@ class DenseTiles:
         """See `RowTiles.tiles`."""
         for start in range(0, self.matrix.shape[0], self.step):
             yield start, self.matrix[start : start + self.step].float()
+
+
+@dataclass
+class Held:
+    """The row tiles of `source`, kept at the first reading and not made again."""
+
+    source: RowTiles
+    matrix: Tensor | None = None  # (o, n)
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(o, n)."""
+        return self.source.matrix_shape
+
+    def tiles(self) -> Iterator[tuple[int, Tensor]]:
+        """See `RowTiles.tiles`."""
+        if self.matrix is not None:
+            yield from DenseTiles(self.matrix, step=128).tiles()
+            return
+        # numpy asks for large pages: they take a third of the time to come
+        matrix = torch.from_numpy(np.empty(self.matrix_shape, np.float32))
+        for start, tile in self.source.tiles():
+            matrix[start : start + tile.shape[0]] = tile
+            yield start, tile
+        self.matrix = matrix
 
 
 @dataclass(frozen=True)
@@ -86,18 +114,21 @@ def randomized_svd(
 ) -> Truncated:
     """The smallest rank that meets `rule`, and the triplets of that rank.
 
-    The Ritz values θ of MᵀM in the Krylov space of q = k + 8 random columns grow until
+    The Ritz values θ of MᵀM in the Krylov space of q = 1.25 k random columns grow until
 
         (||M||² - Σ_{i<=k} θ_i) / (||M||² - Σ_{i<=k} θ_i - e) <= 1.004²,   e: `KrylovSpace.excess`,
 
     which bounds the squared error by that of the best approximation: ||M||² - Σθ is the error's
     square exactly, and e is what it can lack at most. Where fp32 sums cannot tell the numerator
     from 0, Σ_{i>k} θ_i takes its place, or the residual has to be rounding. At least
-    `FEWEST_STEPS`, at most `MOST_STEPS` blocks; `bound` tells what was reached.
+    `FEWEST_STEPS`, at most `MOST_STEPS` blocks; `bound` tells what was reached. Where a part of the
+    last one promises to be enough, only the directions in which the residual is longest are taken
+    in.
 
-    M is read row tile by row tile, once for each block; besides one tile there are X (n, d) and M X
-    (o, d) with d = q times the blocks, three of them as a rule. A rule about energy starts with
-    a narrow block and adds random columns until there are as many as the rank.
+    M is read row tile by row tile, once for each block and once before; up to `HELD` elements it is
+    kept in fp32 instead. Besides there are X (n, d) and M X (o, d) with d = q times the blocks, two
+    and a part as a rule. A rule about energy starts with a narrow block and adds random columns
+    until there are as many as the rank.
 
     Rules about the whole spectrum (cumulative, noise), ranks near the shorter side and small
     matrices take the Gram matrix of the shorter side in fp64 (`dense` True forces it, False forbids
@@ -115,12 +146,14 @@ def randomized_svd(
         # below the cap, a block as wide as the cap answers every rule at once
         goal = rule.cap if rule.cap <= 4 * FIRST_RANK or not rule.criteria else goal
         goal = min(goal, rule.cap)
-    width = max(goal + OVERSAMPLING, LEAST_WIDTH)
+    width = _width(goal)
     widest = DENSE_SHARE * shorter
-    small = shorter <= DENSE_SIDE or FEWEST_STEPS * width > widest or whole_spectrum
+    small = shorter < max(NARROW * width, DENSE_SIDE) or whole_spectrum
     if dense or (dense is None and small):
         return _dense(source, rule)
-    space = KrylovSpace(source, min(width, shorter), torch.Generator().manual_seed(seed))
+    keeps = not isinstance(source, DenseTiles) and math.prod(source.matrix_shape) <= HELD
+    held = Held(source) if keeps else source
+    space = KrylovSpace(held, min(width, shorter), torch.Generator().manual_seed(seed))
     since = 0  # steps since random columns came in
     for _ in range(MOST_STEPS):
         space.step()
@@ -132,14 +165,23 @@ def randomized_svd(
             break
         more = 0
         if not answered and (since >= FEWEST_STEPS or space.exhausted):
-            more, since = min(k + OVERSAMPLING - space.random, 2 * space.dimension), 0
+            more, since = min(_width(k) - space.random, 2 * space.dimension), 0
         if dense is None and space.dimension + more > widest - width:
             return _dense(source, rule)
-        space.grow(more)
+        part = _enough(space, k) if answered and since >= FEWEST_STEPS - 1 else 0
+        if part:
+            space.grow_narrow(k, part)
+        else:
+            space.grow(more)
     image, basis = space.leading(k)
     u, s, vh = core_svd(image, basis.T)
     kept = float(s.double().square().sum())
     return Truncated(u, s, vh, space.total, kept, 1.0 if complete else _bound(space, k))
+
+
+def _width(rank: int) -> int:
+    """Columns of a block for that rank."""
+    return max(math.ceil(OVERSAMPLING * rank / 8) * 8, LEAST_WIDTH)
 
 
 def _finished(space: KrylovSpace, k: int, since: int) -> bool:
@@ -150,9 +192,19 @@ def _finished(space: KrylovSpace, k: int, since: int) -> bool:
     return _bound(space, k) <= BOUND or space.residual(k) <= ROUNDING * float(space.values[0])
 
 
-def _bound(space: KrylovSpace, k: int) -> float:
-    """Error over smallest possible error of rank k, at most; see `randomized_svd`."""
-    excess = space.excess(k)
+def _enough(space: KrylovSpace, k: int) -> int:
+    """How many directions promise to bring the bound down; 0 where it takes a whole block."""
+    for width in (k // 4, k // 2):
+        if width >= 4 and _bound(space, k, without=width) <= (1 + BOUND) / 2:
+            return width
+    return 0
+
+
+def _bound(space: KrylovSpace, k: int, without: int = 0) -> float:
+    """Error over smallest possible error of rank k, at most; see `randomized_svd` and
+    `KrylovSpace.excess`.
+    """
+    excess = space.excess(k, without)
     missing = space.total - float(space.values[:k].sum())
     least = max(missing - excess, float(space.values[k:].sum()))
     return math.sqrt(1 + excess / least) if least > 0 else (1.0 if excess == 0 else math.inf)

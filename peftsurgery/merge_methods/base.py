@@ -17,7 +17,7 @@ Number: TypeAlias = float | int | str | bool
 Pair: TypeAlias = tuple[Tensor, Tensor]  # U (o, R), V (R, n): the matrix U V
 TileFunction: TypeAlias = Callable[[int, int], Tensor]  # rows start:stop of the result
 
-TILE = 1 << 16  # elements of a row tile: a few of them fit the cache together
+TILE = 1 << 17  # elements of a row tile: smaller ones spend their time on calls
 EVERY = 16  # row tiles, of which one is looked at to guess a threshold
 
 

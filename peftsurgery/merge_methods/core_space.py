@@ -33,12 +33,22 @@ class CoreSpace:
 
 
 def core_space(pairs: Sequence[Pair]) -> CoreSpace:
-    """Bases by Householder QR of all U_i and all V_iᵀ side by side; fp64 in and out."""
-    left, upper = torch.linalg.qr(torch.cat([u for u, _ in pairs], 1))
-    right, lower = torch.linalg.qr(torch.cat([v for _, v in pairs], 0).T)
-    ranks = [u.shape[1] for u, _ in pairs]
-    cores = [a @ b.T for a, b in zip(upper.split(ranks, 1), lower.split(ranks, 1), strict=True)]
+    """Bases by Householder QR of all U_i and all V_iᵀ side by side, or the unit vectors where these
+    are as many as the side is long; fp64 in and out.
+    """
+    left, upper = _basis([u for u, _ in pairs])
+    right, lower = _basis([v.T for _, v in pairs])
+    cores = [a @ b.T for a, b in zip(upper, lower, strict=True)]
     return CoreSpace(left, right.T, tuple(cores))
+
+
+def _basis(parts: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+    """Q with orthonormal columns that span those of all parts, and Qᵀ times each part."""
+    side, ranks = parts[0].shape[0], [part.shape[1] for part in parts]
+    if sum(ranks) >= side:
+        return torch.eye(side, dtype=parts[0].dtype, device=parts[0].device), parts
+    basis, upper = torch.linalg.qr(torch.cat(list(parts), 1))
+    return basis, upper.split(ranks, 1)
 
 
 def principal(space: CoreSpace) -> CoreSpace:

@@ -63,42 +63,32 @@ def majority(parts: Sequence[Tensor], weights: Sequence[float], options: Chosen)
         s = sign Σ y_i ("total"; zero counts as +) or sign Σ sign y_i ("frequency")
         result = Σ_{sign y_i = s} y_i,  divided by Σ_{sign y_i = s} |w_i| with `normalize`
 
-    For positive weights this is mergekit's formula. For negative ones mergekit divides by Σ w_i,
+    The memory of `parts` is used for the result. For positive weights this is mergekit's formula. For negative ones mergekit divides by Σ w_i,
     which turns the sign of the result. PEFT elects with the unweighted values and divides by the
     count.
     """
-    above, below = (sum_of(parts, sign) for sign in (1, -1))
-    room = torch.empty_like(above)
-    normalize = options.flag("normalize")
-    balance = torch.zeros_like(above)  # Σ |w_i| sign y_i
-    agreed = torch.zeros_like(above)  # Σ |w_i| |sign y_i|
-    if normalize:
-        for part, weight in zip(parts, weights, strict=True):
-            balance.add_(torch.sign(part, out=room), alpha=abs(weight))
-            agreed.add_(room.abs_(), alpha=abs(weight))
     if options.word("majority_sign") == "frequency":
         votes = torch.sign(parts[0])
         for part in parts[1:]:
-            votes += torch.sign(part, out=room)
+            votes += torch.sign(part)
     else:
-        votes = above + below
-    positive = chosen(torch.ge, votes, 0.0, room)
-    result = above.mul_(positive)
-    if normalize:  # twice Σ |w_i| over the positive y_i, or over the negative ones
-        agreed.add_(balance.mul_(positive.mul_(2).sub_(1)))
-    result.add_(below.mul_(chosen(torch.lt, votes, 0.0, room)))
-    if normalize:
-        result.div_(agreed.mul_(0.5).add_(chosen(torch.eq, agreed, 0.0, room)))
-    return result
-
-
-def sum_of(parts: Sequence[Tensor], sign: int) -> Tensor:
-    """Σ max(y_i, 0), or Σ min(y_i, 0) for sign -1."""
-    clamp = torch.clamp_min if sign > 0 else torch.clamp_max
-    result = clamp(parts[0], 0)
-    room = torch.empty_like(result)
-    for part in parts[1:]:
-        result += clamp(part, 0, out=room)
+        votes = parts[0].clone()
+        for part in parts[1:]:
+            votes += part
+    side = chosen(torch.ge, votes, 0.0, votes).mul_(2).sub_(1)  # s
+    normalize = options.flag("normalize")
+    agreed = torch.zeros_like(side) if normalize else side  # Σ |w_i|
+    room = torch.empty_like(side) if normalize else side
+    result = parts[0]
+    for n, (part, weight) in enumerate(zip(parts, weights, strict=True)):
+        part.mul_(side).clamp_min_(0)  # |y_i| where it agrees
+        if normalize:
+            agreed.add_(torch.sign(part, out=room), alpha=abs(weight))
+        if n:
+            result += part
+    result.mul_(side)
+    if normalize:  # where nothing agrees, 0 is divided by any number
+        result.div_(agreed.clamp_min_(min(abs(w) for w in weights)))
     return result
 
 

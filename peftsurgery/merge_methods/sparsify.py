@@ -40,7 +40,7 @@ def trim(stack: Stack, source: int, options: Chosen) -> Sparsifier:
         return keep_all(stack, source, options)
     keep = max(1, int(density * stack.numel))
     (threshold,) = stack.largest(source, [keep])
-    return lambda tile, row: _band(tile, threshold, float("inf"))
+    return _band(threshold, float("inf"))
 
 
 def outliers(stack: Stack, source: int, options: Chosen) -> Sparsifier:
@@ -53,7 +53,7 @@ def outliers(stack: Stack, source: int, options: Chosen) -> Sparsifier:
     keep = max(1, int(density * stack.numel))
     top = min(int(gamma * stack.numel), stack.numel - keep)
     high, low = stack.largest(source, [top + 1, top + keep])
-    return lambda tile, row: _band(tile, low, high)
+    return _band(low, high)
 
 
 def drop(stack: Stack, source: int, options: Chosen) -> Sparsifier:
@@ -93,10 +93,10 @@ def drop_by_rank(stack: Stack, source: int, options: Chosen) -> Sparsifier:
     key = _key(stack, source)
     columns = stack.shape[1]
     steps = torch.linspace(-epsilon, epsilon, columns) if columns > 1 else torch.zeros(1)
+    chances = density + steps
 
     def apply(tile: Tensor, row: int) -> Tensor:
-        order = torch.argsort(tile.abs(), dim=1, stable=True)
-        chance = torch.empty_like(tile).scatter_(1, order, (density + steps).expand_as(tile))
+        chance = torch.empty_like(tile).scatter_(1, _order(tile), chances.expand_as(tile))
         numbers = uniform(key, row * columns, tile.numel()).reshape(tile.shape)
         tile.mul_(torch.lt(numbers, chance, out=numbers))
         return tile.div_(chance) if options.flag("rescale") else tile
@@ -104,14 +104,28 @@ def drop_by_rank(stack: Stack, source: int, options: Chosen) -> Sparsifier:
     return apply
 
 
-def _band(tile: Tensor, low: float, high: float) -> Tensor:
-    """The tile with low <= |x| <= high; what is outside becomes zero."""
-    if high != float("inf"):
-        tile = tile.mul_(chosen(torch.le, tile.abs(), high))
-    if low == 0:
-        return tile
+def _band(low: float, high: float) -> Sparsifier:
+    """Keeps low <= |x| <= high; what is outside becomes zero."""
     below = float(torch.nextafter(torch.tensor(low), torch.tensor(0.0)))
-    return torch.nn.functional.hardshrink(tile, below)  # keeps |x| > below, that is |x| >= low
+
+    def apply(tile: Tensor, row: int) -> Tensor:
+        if high != float("inf"):
+            tile = tile.mul_(chosen(torch.le, tile.abs(), high))
+        if low == 0:
+            return tile
+        return torch.nn.functional.hardshrink(tile, below)  # |x| > below, that is |x| >= low
+
+    return apply
+
+
+def _order(tile: Tensor) -> Tensor:
+    """Columns of every row by magnitude, equal ones by place: one sort of 64-bit keys, magnitude
+    above and column below, takes a fraction of the time of a stable sort with indices.
+    """
+    magnitudes = tile.abs().numpy().view(np.uint32).astype(np.int64)
+    keys = (magnitudes << 32) | np.arange(tile.shape[1])
+    keys.sort(axis=1)
+    return torch.from_numpy(keys & 0xFFFFFFFF)
 
 
 def _key(stack: Stack, source: int) -> int:

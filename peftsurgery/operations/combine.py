@@ -36,6 +36,7 @@ from peftsurgery.operations.combine_inputs import (
 from peftsurgery.operations.combine_modules import Combined, Plan, combine_module
 from peftsurgery.operations.deltas import Entry
 from peftsurgery.operations.lineage import Hashing
+from peftsurgery.operations.spilling import Spill
 from peftsurgery.operations.staging import workers
 from peftsurgery.operations.strengths import Strength
 from peftsurgery.operations.writing_adapter import (
@@ -138,13 +139,14 @@ def combine(
         from peftsurgery.operations.combine_checkpoints import combine_checkpoints
 
         report = CombineReport("combine")
+        method_used, options = _alone(chosen, options, strengths, report)
         return combine_checkpoints(
             report,
             [item for item in found if isinstance(item, Checkpoint)],
             strengths,
             Path(dst),
             base=base,
-            method=chosen,
+            method=method_used,
             options=options,
             seed=seed,
             dtype=dtype,
@@ -167,9 +169,7 @@ def combine(
     check_target(files, dst, to=to, overwrite=overwrite)
     report = CombineReport("combine")
     report.findings.extend(inputs.findings)
-    method_used = _alone(chosen, inputs, report)
-    if method_used is not chosen:
-        options = method_used.choose({"scale": options.number("scale")})
+    method_used, options = _alone(chosen, options, inputs.strengths, report)
     plan = Plan(
         method_used,
         options,
@@ -187,49 +187,55 @@ def combine(
     sums = method_used is METHODS["linear"]  # the same on a part as on the whole
     if rule is not None or sums or not isinstance(method_used, Coefficients):
         inputs.join(to)
-    combined = _run(inputs, plan, report, progress)
-    overall = _overall(combined)
-    result, combined = _assembled(inputs, combined, to)
-    encoded = encode_as(result, to, sources=files)
-    report.findings.extend([*encoded.findings, *dead_modules(result)])
-    summarise(report, result, encoded, to=to)
-    for hashing in hashes:
-        report.inputs.update(hashing.result())
-    write_proved(
-        encoded,
-        result,
-        dst,
-        to=to,
-        report=report,
-        origin=Origin("combine", _origin(inputs, chosen, options, plan, to), report.inputs),
-        overwrite=overwrite,
-        details={path: _row(item) for path, item in combined.items()},
-        progress=progress,
-    )
+    with Spill(dst.parent) as spill:
+        combined = _run(inputs, plan, report, spill, progress)
+        overall = _overall(combined)
+        result, combined = _assembled(inputs, combined, to)
+        encoded = encode_as(result, to, sources=files)
+        encoded.release = spill.release
+        report.findings.extend([*encoded.findings, *dead_modules(result)])
+        summarise(report, result, encoded, to=to)
+        for hashing in hashes:
+            report.inputs.update(hashing.result())
+        write_proved(
+            encoded,
+            result,
+            dst,
+            to=to,
+            report=report,
+            origin=Origin("combine", _origin(inputs, chosen, options, plan, to), report.inputs),
+            overwrite=overwrite,
+            details={path: _row(item) for path, item in combined.items()},
+            progress=progress,
+        )
     report.summary["loss of the fit, all modules"] = overall
     object.__setattr__(report, "loss", overall)
     return report
 
 
-def _alone(method: Method, inputs: AdapterInputs, report: Report) -> Method:
-    """The method, or the weighted sum where one adapter is given and the method needs several."""
-    method.check_weights([s.value for s in inputs.strengths])
-    if len(inputs.adapters) > 1 or method.alone:
-        return method
+def _alone(
+    method: Method, options: Chosen, strengths: Sequence[Strength], report: Report
+) -> tuple[Method, Chosen]:
+    """The method, or the weighted sum where one input is given and the method needs several."""
+    method.check_weights([s.value for s in strengths])
+    if len(strengths) > 1 or method.alone:
+        return method, options
     report.findings.append(
         Finding(
             "info",
             "one-adapter",
-            f"{method.name} has no meaning on one adapter: it is only scaled by its weight",
+            f"{method.name} has no meaning on one input: it is only scaled by its weight",
         )
     )
-    return METHODS["linear"]
+    return METHODS["linear"], METHODS["linear"].choose({"scale": options.number("scale")})
 
 
 def _run(
-    inputs: AdapterInputs, plan: Plan, report: Report, progress: Progress | None
+    inputs: AdapterInputs, plan: Plan, report: Report, spill: Spill, progress: Progress | None
 ) -> dict[str, Combined]:
-    """Every module, several at a time; what was read of the files is released as it goes."""
+    """Every module, several at a time; what was read of the files is released as it goes, and what
+    was made goes to `spill`.
+    """
     paths = inputs.paths()
 
     def one(path: str) -> Combined:
@@ -238,7 +244,8 @@ def _run(
         if isinstance(entries, Replace):
             return Combined(entries, 1)
         plan.method.check_weights(weights)
-        return combine_module(path, entries, sum(weights), plan)
+        made = combine_module(path, entries, sum(weights), plan)
+        return made if made.kept else replace(made, module=spill.keep(made.module))
 
     result: dict[str, Combined] = {}
     with workers(4) as threads:
@@ -249,6 +256,7 @@ def _run(
             if done % 32 == 31:
                 for file in inputs.opened:
                     file.release()
+                spill.release()
     return result
 
 

@@ -3,7 +3,8 @@
     W = W_base + method(W_1 - W_base … W_n - W_base)
 
 Tensors meet under their stored names. Memory is a few row tiles; element-wise methods that need a
-threshold read a tensor before they write it.
+threshold read a tensor before they write it. Methods on singular vectors hold the changes of two
+tensors whole, in fp64, and take their SVDs: minutes for each GB of the model.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from peftsurgery.checkpoint import (
 from peftsurgery.checkpoint.writing import as_bytes
 from peftsurgery.codec.files import publish
 from peftsurgery.errors import CheckFailed, UnsupportedError, UsageError, nearest
-from peftsurgery.merge_methods import Chosen, Coefficients, Elementwise, Method
+from peftsurgery.merge_methods import Chosen, Method, Spectral
 from peftsurgery.merge_methods.base import TileFunction
 from peftsurgery.operations.combine_tensors import Job, rows_of
 from peftsurgery.operations.inputs import DENSE
@@ -69,7 +70,7 @@ def combine_checkpoints(
     """Combine fine-tunes of `base` into a checkpoint with the base's files, names and side files.
 
     UsageError when a tensor is missing, unknown or of another shape somewhere; UnsupportedError for
-    methods on factors and quantized tensors; CheckFailed when what was written is not what was
+    quantized tensors; CheckFailed when what was written is not what was
     computed. Nothing is left at `dst` then.
     """
     if base is None:
@@ -77,14 +78,8 @@ def combine_checkpoints(
             f"{tuned[0].source}: is a whole checkpoint. Pass --base BASE, the checkpoint it was "
             "tuned from."
         )
-    if not isinstance(method, Coefficients | Elementwise):
-        raise UnsupportedError(
-            f"{method.name}: works on the factors of adapters, not on whole checkpoints. Extract "
-            "adapters first, or take linear, ties, dare_ties, della, sce, slerp or karcher."
-        )
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: checkpoints are written as {', '.join(DTYPES)}.")
-    method.check_weights([strength.value for strength in strengths])
     origin = open_checkpoint(base, allow_pickle=allow_pickle)
     refuse_pending(origin)
     check_output(origin, dst, overwrite)
@@ -191,12 +186,13 @@ class Feed:
     def __init__(self, job: Job, order: Sequence[str], pool: ThreadPoolExecutor) -> None:
         self.job = job
         self.pool = pool
+        self._ahead = 2 if isinstance(job.method, Spectral) else AHEAD
         self._waiting = deque(order)
         self._prepared: deque[tuple[str, Future[TileFunction]]] = deque()
 
     def chunks(self, name: str) -> Iterator[Tensor]:
         """Rows of one tensor of the result, in order."""
-        while self._waiting and len(self._prepared) < AHEAD:
+        while self._waiting and len(self._prepared) < self._ahead:
             following = self._waiting.popleft()
             self._prepared.append((following, self.pool.submit(self.job.prepare, following)))
         asked, prepared = self._prepared.popleft()
@@ -213,6 +209,7 @@ class Feed:
                 written, survival = running.popleft().result()
                 changed.add(survival)
                 yield written
+        self.job.settle(name)
         self.job.touched += changed.total > 0
         self.job.survival.add(changed)
 
@@ -298,8 +295,7 @@ def _differences(job: Job, staged: Path) -> list[str]:
             return not np.array_equal(_bytes(tensor), _bytes(found))
         if (found.dtype, tuple(found.shape)) != (job.output_dtype(tensor), tuple(tensor.shape)):
             return True
-        spans = list(job.stack(name).spans())
-        start, stop = spans[len(spans) // 2]
+        start, stop = job.middle(name)
         expected, _ = job.written(name, job.ready[name](start, stop), start, stop)
         got = rows_of(found, start, stop)
         return not np.array_equal(

@@ -52,6 +52,7 @@ class Combined:
     size: float = 0.0
     loss: float = 0.0
     rounding: float = 0.0
+    kept: bool = False  # the module is an input's own
 
 
 def combine_module(
@@ -76,7 +77,7 @@ def combine_module(
     common = Common(bias=bias, padded_shape=first.padded_shape, stored=first.stored)
     if _is_identity(live, plan):
         kept = live[0].module.with_tensors(bias=bias)
-        return Combined(_rounded(path, kept, plan), 1, norm(kept))
+        return Combined(_rounded(path, kept, plan), 1, norm(kept), kept=True)
     deltas = Deltas(path, live, total_weight, plan.seed)
     dtype = plan.dtype or widest([t for e in live for t in e.module.tensors().values()])
     if (joined := _side_by_side(path, deltas, shape, common, dtype, plan)) is not None:

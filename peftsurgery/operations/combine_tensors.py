@@ -14,7 +14,15 @@ from torch import Tensor
 from peftsurgery.checkpoint import Checkpoint, LazyTensor
 from peftsurgery.checkpoint.dtypes import torch_dtype
 from peftsurgery.errors import CheckFailed, UsageError
-from peftsurgery.merge_methods import Chosen, Coefficients, Elementwise, Method, Stack
+from peftsurgery.merge_methods import (
+    Chosen,
+    Coefficients,
+    Elementwise,
+    Method,
+    Pair,
+    Spectral,
+    Stack,
+)
 from peftsurgery.merge_methods.base import TileFunction
 from peftsurgery.operations.inputs import DENSE
 from peftsurgery.operations.rounding import Survival, survival_of
@@ -70,17 +78,22 @@ class Job:
         self.method.check_weights(stack.weights)
         if isinstance(self.method, Elementwise):
             return self.method.run(stack, self.options)
+        if isinstance(self.method, Spectral):
+            return _spectral(stack, self.method, self.options)
         assert isinstance(self.method, Coefficients)
         gram = _gram(stack) if self.method.name != "linear" else torch.zeros(0, 0)
-        numbers = self.method.run(gram, stack.weights, stack.total_weight, self.options)
+        return _sum(stack, self.method.run(gram, stack.weights, stack.total_weight, self.options))
 
-        def tile(start: int, stop: int) -> Tensor:
-            result = stack.read(0, start, stop).mul_(numbers[0])
-            for source in range(1, stack.count):
-                result.add_(stack.read(source, start, stop), alpha=numbers[source])
-            return result
+    def middle(self, name: str) -> tuple[int, int]:
+        """The rows of a tensor that the proof looks at."""
+        spans = list(self.stack(name).spans())
+        return spans[len(spans) // 2]
 
-        return tile
+    def settle(self, name: str) -> None:
+        """A tensor is written: of a result that is held whole, keep what the proof looks at."""
+        if isinstance(self.method, Spectral):
+            rows = self.ready[name](*self.middle(name)).clone()
+            self.ready[name] = lambda start, stop: rows
 
     def output_dtype(self, tensor: LazyTensor) -> str:
         """The safetensors dtype a tensor is written in."""
@@ -115,6 +128,41 @@ def rows_of(tensor: LazyTensor, start: int, stop: int) -> Tensor:
     """Rows of a stored tensor as a matrix, in its own number type."""
     part = tensor.rows(start, stop) if tensor.shape else tensor
     return part.torch().reshape(stop - start, -1)
+
+
+def _sum(stack: Stack, numbers: Sequence[float]) -> TileFunction:
+    """Σ c_i ΔW_i, row tile by row tile."""
+
+    def tile(start: int, stop: int) -> Tensor:
+        result = stack.read(0, start, stop).mul_(numbers[0])
+        for source in range(1, stack.count):
+            result.add_(stack.read(source, start, stop), alpha=numbers[source])
+        return result
+
+    return tile
+
+
+def _spectral(stack: Stack, method: Spectral, options: Chosen) -> TileFunction:
+    """A method on singular vectors: the changes as whole matrices in fp64, those that are zero left
+    out. A vector has no spectrum: its weighted sum, times λ.
+    """
+    if min(stack.shape) == 1:
+        return _sum(stack, [options.number("scale") * weight for weight in stack.weights])
+    found = [(pair, w) for i, w in enumerate(stack.weights) if (pair := _as_pair(stack, i))]
+    if not found:
+        return lambda start, stop: torch.zeros(stop - start, stack.shape[1])
+    left, right = method.run([pair for pair, _ in found], [w for _, w in found], options)
+    whole = (left @ right).float()
+    return lambda start, stop: whole[start:stop]
+
+
+def _as_pair(stack: Stack, source: int) -> Pair | None:
+    """A change as the product of itself and the unit matrix of its shorter side; None if zero."""
+    change = stack.dense(lambda start, stop: stack.read(source, start, stop)).double()
+    if not bool(change.any()):
+        return None
+    unit = torch.eye(min(change.shape), dtype=change.dtype)
+    return (unit, change) if change.shape[0] <= change.shape[1] else (change, unit)
 
 
 def _gram(stack: Stack) -> Tensor:

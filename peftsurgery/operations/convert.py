@@ -66,6 +66,7 @@ def convert(
     overwrite: bool = False,
     dry_run: bool = False,
     allow_pickle: bool = False,
+    keep_unknown: bool = False,
     progress: Progress | None = None,
 ) -> ConvertReport:
     """Rewrite the adapter `src` as `dst` in the layout `to`; see `peftsurgery convert --help` for
@@ -75,7 +76,7 @@ def convert(
     of its second factor), "lora" as a LoRA (`rank`: a rule, or None for the exact
     factorisation), "full" writes the dense change. Modules whose change depends on the weight
     (DoRA, replaced weights) then need `base`. drop: patterns of keys or module paths to leave out.
-    only: components to keep.
+    only: components to keep. keep_unknown: carry keys that nothing explains as they are.
 
     Raises UsageError, UnsupportedError or UnsafeInputError before anything is written; CheckFailed
     when the file that was written does not read back as the source (it is removed then).
@@ -87,11 +88,11 @@ def convert(
     check_target([source], dst, to=to, overwrite=overwrite)
     kept = _without(source, drop)
     hashing = Hashing(source, enabled=not dry_run)
-    weights, known = base_weights(base, architecture, kept)
+    weights, known = base_weights(base, architecture, kept, keep_unknown=keep_unknown)
     tensors = Headers(kept) if dry_run else kept
     if not dry_run:
         kept.populate()
-    adapter = decode(tensors, architecture=architecture, known=known)
+    adapter = decode(tensors, architecture=architecture, known=known, keep_unknown=keep_unknown)
     if weights is not None:
         adapter = settle(adapter, weights.shape_of)
     original_layout = adapter.layout

@@ -37,7 +37,7 @@ def stamp(
         del metadata[key]
     row = layout_named(to)
     if wants and row.container == "flat":
-        hashes = kohya_hashes(encoded.tensors[""], metadata)
+        hashes = kohya_hashes(encoded.tensors[""], metadata, encoded.release)
         metadata.update(hashes)
         if "modelspec.hash_sha256" in stale:
             metadata["modelspec.hash_sha256"] = "0x" + hashes["sshs_model_hash"]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from peftsurgery.codec.decoding import BASE_COPY
+from peftsurgery.codec.keys import BASE_COPY
 from peftsurgery.errors import CheckFailed, Finding
 from peftsurgery.operations.apply import Settings, Survival, needs_whole, output_dtype
 from peftsurgery.operations.inputs import Inputs

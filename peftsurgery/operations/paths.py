@@ -5,7 +5,7 @@ from __future__ import annotations
 from peftsurgery.adapter import Adapter, members
 from peftsurgery.algorithms import Replace
 from peftsurgery.codec.bases import BaseWeights
-from peftsurgery.codec.decoding import BASE_COPY
+from peftsurgery.codec.keys import BASE_COPY
 from peftsurgery.codec.resolving import PEFT_PREFIX
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from peftsurgery.adapter import Adapter, is_group
 from peftsurgery.algorithms import WeightAdapter, difference
 from peftsurgery.codec import decode, open_adapter
+from peftsurgery.codec.keys import is_unknown
 from peftsurgery.errors import CheckFailed
 from peftsurgery.operations.staging import workers
 from peftsurgery.reports import Progress, Report
@@ -27,13 +28,18 @@ def prove(
     dst: Path,
     details: Mapping[str, Row],
     progress: Progress | None,
+    release: Callable[[], None] | None = None,
 ) -> float:
     """Reopen and decode `dst`, compare every module with `adapter`; returns the largest relative
-    error. Rows of the report end with the columns of `details`.
+    error. Rows of the report end with the columns of `details`. release: gives back what was read
+    of `adapter`, where it lies in a file.
     """
     known = {c: list(adapter.of(c)) for c in adapter.components}
     written = open_adapter(dst)
-    again = decode(written, architecture=adapter.architecture, known=_plain(known))
+    keep = any(is_unknown(key) for key in adapter.extras)
+    again = decode(
+        written, architecture=adapter.architecture, known=_plain(known), keep_unknown=keep
+    )
     worst, worst_path = 0.0, ""
     over: list[str] = []
     modules = list(adapter.modules.items())
@@ -43,6 +49,8 @@ def prove(
     def changes(batch: Sequence[tuple[WeightAdapter, WeightAdapter | None]]) -> list[float]:
         found = _changes(batch)
         written.release()
+        if release is not None:
+            release()
         return found
 
     with workers(4) as threads:
@@ -65,12 +73,22 @@ def prove(
             report.modules.append(row | details.get(path, {}))
     extra = [p for p, m in again.modules.items() if not m.is_zero()]
     missing = [
-        key for key in adapter.extras if key not in again.extras and key != "lora_controlnet"
+        key
+        for key, tensor in adapter.extras.items()
+        if key != "lora_controlnet" and not _carried_alike(tensor, again.extras.get(key))
     ]
     if over or extra or missing:
         raise CheckFailed(_failure(over, extra, missing, worst, worst_path))
     report.summary["check"] = f"reopened, decoded and compared: {len(modules)} modules agree"
     return worst
+
+
+def _carried_alike(tensor: torch.Tensor, found: torch.Tensor | None) -> bool:
+    """Whether a carried tensor has the bytes it had, or those of the dtype it was cast to."""
+    if found is None or found.shape != tensor.shape:
+        return False
+    one, other = (t.contiguous().reshape(-1) for t in (tensor.to(found.dtype), found))
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
 def _changes(pairs: Sequence[tuple[WeightAdapter, WeightAdapter | None]]) -> list[float]:
@@ -111,7 +129,7 @@ def _failure(
             f"{len(extra)} modules appeared that the source does not have, first {extra[0]!r}"
         )
     if missing:
-        reasons.append(f"{len(missing)} carried tensors are missing, first {missing[0]!r}")
+        reasons.append(f"{len(missing)} carried tensors are missing or changed, first {missing[0]!r}")
     return (
         f"the written file does not read back as the source: {'; '.join(reasons)}. Nothing was "
         "kept. A wider --dtype (fp32) keeps more."

@@ -106,7 +106,11 @@ def check_target(sources: Sequence[Checkpoint], dst: Path, *, to: str, overwrite
 
 
 def base_weights(
-    base: str | Path | None, architecture: str | None, adapter: Checkpoint
+    base: str | Path | None,
+    architecture: str | None,
+    adapter: Checkpoint,
+    *,
+    keep_unknown: bool = False,
 ) -> tuple[BaseWeights | None, dict[str, list[str]] | None]:
     """The weights of `--base` by module path, packed ones as what they stand for, and its module
     names for decoding `adapter`; both None without a base.
@@ -117,7 +121,8 @@ def base_weights(
     refuse_pending(opened)
     known = base_names(opened)
     if architecture is None:
-        architecture = explain_checkpoint(adapter, known=known).architecture.name
+        explanation = explain_checkpoint(adapter, known=known, keep_unknown=keep_unknown)
+        architecture = explanation.architecture.name
     return BaseWeights(opened, architectures.get(architecture)), known
 
 
@@ -256,7 +261,7 @@ def write_proved(
         write_encoded(encoded, staged, to, sync=False)
         encoded.tensors.clear()
         with flushing(staged):
-            error = prove(report, adapter, staged, details or {}, progress)
+            error = prove(report, adapter, staged, details or {}, progress, encoded.release)
             if check is not None:
                 check(staged)
         report.outputs.extend(str(path) for path in publish(staged, dst, overwrite=overwrite))

@@ -99,6 +99,93 @@ def test_formulas_on_every_tensor(
     assert report.summary["tensors changed"] == len(SHAPES)
 
 
+SPECTRAL = [n for n, m in METHODS.items() if isinstance(m, Spectral)]
+
+
+@pytest.mark.parametrize("name", SPECTRAL)
+def test_methods_on_singular_vectors(
+    name: str, models: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    """Of whole changes as of changes that are products; vectors are summed."""
+    base, files = models
+    weights = (0.5, 0.3, 0.9)
+    method = METHODS[name]
+    assert isinstance(method, Spectral)
+    out = tmp_path / "out.safetensors"
+    report = combine(list(zip(files, weights, strict=True)), out, base=base, method=name, scale=0.7)
+    found, origin = load_file(out), load_file(base)
+    for key, before in origin.items():
+        if not before.is_floating_point():
+            continue
+        deltas = changes(base, files, key)
+        if min(deltas[0].shape) == 1:
+            change = 0.7 * dense.summed(deltas, weights)
+        else:
+            pairs = [cut_in_two(delta) for delta in deltas]
+            left, right = method.run(pairs, weights, method.choose({"scale": 0.7}))
+            change = left @ right
+        torch.testing.assert_close(
+            found[key].double(),
+            before.double() + change.reshape(before.shape),
+            rtol=1e-4,
+            atol=2e-5,
+        )
+    assert report.summary["tensors changed"] == len(SHAPES)
+
+
+def cut_in_two(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return u * s, vh
+
+
+def test_tsv_and_iso_c_by_their_formulas(models: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    """Full rank: each of two changes is cut at half of its smaller side."""
+    base, files = models
+    key = "model.layers.0.q_proj.weight"
+    deltas = changes(base, files[:2], key)
+    parts = [torch.linalg.svd(delta, full_matrices=False) for delta in deltas]
+    polar = [
+        p @ q
+        for p, _, q in (
+            torch.linalg.svd(torch.cat(side, axis), full_matrices=False)
+            for side, axis in (
+                ([u[:, :8] for u, _, _ in parts], 1),
+                ([vh[:8] for _, _, vh in parts], 0),
+            )
+        )
+    ]
+    tsv = polar[0] * torch.cat([s[:8] for _, s, _ in parts]) @ polar[1]
+    u, s, vh = torch.linalg.svd(deltas[0] + deltas[1], full_matrices=False)
+    for name, change in (("tsv", tsv), ("iso_c", s.mean() * u @ vh)):
+        out = tmp_path / f"{name}.safetensors"
+        combine([(file, 1.0) for file in files[:2]], out, base=base, method=name)
+        expected = load_file(base)[key].double() + change
+        torch.testing.assert_close(load_file(out)[key].double(), expected, rtol=1e-4, atol=2e-5)
+
+
+def test_one_fine_tune_has_no_common_space(models: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    base, files = models
+    out = tmp_path / "out.safetensors"
+    report = combine([(files[0], 0.5)], out, base=base, method="iso_c")
+    assert [finding.code for finding in report.findings] == ["one-adapter"]
+    key = "model.conv.weight"
+    (delta,) = changes(base, files[:1], key)
+    expected = load_file(base)[key].double() + 0.5 * delta.reshape(6, 4, 3, 3)
+    torch.testing.assert_close(load_file(out)[key].double(), expected, rtol=1e-5, atol=2e-6)
+
+
+def test_a_matrix_that_one_fine_tune_left_alone(
+    models: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    base, files = models
+    key = "model.layers.0.q_proj.weight"
+    same = changed(tmp_path / "same.safetensors", files[1], {key: load_file(base)[key]})
+    out = tmp_path / "out.safetensors"
+    combine([(files[0], 1.0), (same, 1.0)], out, base=base, method="tsv")
+    found, one = load_file(out)[key], load_file(files[0])[key]
+    torch.testing.assert_close(found, one, rtol=1e-4, atol=2e-5)
+
+
 def test_slerp(models: tuple[Path, list[Path]], tmp_path: Path) -> None:
     base, files = models
     out = tmp_path / "out.safetensors"
@@ -231,8 +318,6 @@ def test_refusals(models: tuple[Path, list[Path]], tmp_path: Path) -> None:
     norm = "model.norm.weight"
     with pytest.raises(UsageError, match=r"t1.safetensors: is a whole checkpoint. Pass --base"):
         combine([(files[0], 1.0)], out)
-    with pytest.raises(UnsupportedError, match="knots: works on the factors"):
-        combine([(files[0], 1.0)], out, base=base, method="knots")
     with pytest.raises(UsageError, match="--rank is for adapters"):
         combine([(files[0], 1.0)], out, base=base, rank=4)
     lora = write(
