@@ -41,25 +41,30 @@ class Encoded:
     release: Callable[[], None] | None = None  # gives memory back that tensors lie in as in a file
 
 
-def encode(adapter: Adapter, layout: str, *, fold_alpha: bool = False) -> Encoded:
+def encode(
+    adapter: Adapter, layout: str, *, fold_alpha: bool = False, remedy: str | None = None
+) -> Encoded:
     """Write `adapter` in `layout`'s keys.
 
     fold_alpha: multiply the scale into the factors instead of storing alpha (the factors' dtype
     rounds it).
 
     Raises UnsupportedError naming the first module the layout cannot hold, how many there are, and
-    the option that makes it possible. Shapes, dtypes and bytes of factors are kept wherever nothing
-    has to change.
+    the option of `convert` that makes it possible, or `remedy` instead. Shapes, dtypes and bytes of
+    factors are kept wherever nothing has to change.
     """
-    return Encoder(adapter, layout_named(layout), fold_alpha).run()
+    return Encoder(adapter, layout_named(layout), fold_alpha, remedy).run()
 
 
 class Encoder:
     """One encoding of `adapter` into `layout`."""
 
-    def __init__(self, adapter: Adapter, layout: Layout, fold_alpha: bool) -> None:
+    def __init__(
+        self, adapter: Adapter, layout: Layout, fold_alpha: bool, remedy: str | None = None
+    ) -> None:
         self.adapter = adapter
         self.layout = layout
+        self.remedy = remedy
         self.fold = fold_alpha or layout.alpha == "none"
         self.architecture = architectures.get(adapter.architecture)
         self.out: dict[str, dict[str, torch.Tensor]] = {}
@@ -178,7 +183,8 @@ class Encoder:
         return f"--drop '{component}{'' if ':' in component else ':*'}' leaves it out on request"
 
     def _refusal(self) -> str:
-        module, reason, remedy = self.refusals[0]
+        module, reason, own = self.refusals[0]
+        remedy = self.remedy or own
         others = len(self.refusals) - 1
         more = f" ({others} more modules cannot either)" if others else ""
         hint = f" {remedy[0].upper()}{remedy[1:]}." if remedy else ""

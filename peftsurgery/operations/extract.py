@@ -50,6 +50,11 @@ from peftsurgery.quantizers import logical
 from peftsurgery.reports import Progress, Report
 from peftsurgery.reports.base import Row
 
+REMEDY = (
+    "--to comfy, diffusers or peft holds other kinds of change; --exclude PATTERN leaves it out on "
+    "request"
+)
+
 
 @dataclass(frozen=True)
 class ExtractReport(Report):
@@ -135,10 +140,12 @@ def extract(
     outline = _adapter([projection.planned(job) for job in found], weights[1], base)
     if dry_run:
         return _planned(report, changes, outline, to)
-    encode_as(outline, to)  # what the layout cannot hold is refused before the work, not after
+    encode_as(
+        outline, to, remedy=REMEDY
+    )  # what the layout cannot hold is refused before the work, not after
     projected = _projected(projection, found, sides, progress)
     adapter = _adapter(projected, weights[1], base)
-    encoded = encode_as(adapter, to)
+    encoded = encode_as(adapter, to, remedy=REMEDY)
     report.findings.extend([*adapter.findings, *encoded.findings])
     summarise(report, adapter, encoded, to=to)
     for side in hashing:
@@ -237,7 +244,7 @@ def _unpacking(
 
 
 def _planned(report: ExtractReport, changes: Changes, outline: Adapter, to: str) -> ExtractReport:
-    encoded = encode_as(outline, to)
+    encoded = encode_as(outline, to, remedy=REMEDY)
     summarise(report, outline, encoded, to=to)
     plan(report, encoded)
     rows: list[Row] = []

@@ -129,7 +129,9 @@ def _failure(
             f"{len(extra)} modules appeared that the source does not have, first {extra[0]!r}"
         )
     if missing:
-        reasons.append(f"{len(missing)} carried tensors are missing or changed, first {missing[0]!r}")
+        reasons.append(
+            f"{len(missing)} carried tensors are missing or changed, first {missing[0]!r}"
+        )
     return (
         f"the written file does not read back as the source: {'; '.join(reasons)}. Nothing was "
         "kept. A wider --dtype (fp32) keeps more."

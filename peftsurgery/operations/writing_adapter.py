@@ -136,11 +136,13 @@ def encode_as(
     dtype: str = "keep",
     fold_alpha: bool = False,
     sources: Sequence[Checkpoint] = (),
+    remedy: str | None = None,
 ) -> Encoded:
     """`adapter` in the keys of the layout `to`, its floating-point tensors cast to `dtype`; alpha
-    stays fp32. What the cast has read of `sources` is given back to the system as it goes.
+    stays fp32. What the cast has read of `sources` is given back to the system as it goes. remedy:
+    what to advise where the layout cannot hold it, if not options of convert.
     """
-    encoded = encode(adapter, to, fold_alpha=fold_alpha)
+    encoded = encode(adapter, to, fold_alpha=fold_alpha, remedy=remedy)
     if dtype != "keep":
         _cast(encoded, DTYPES[dtype], sources)
     return encoded

@@ -131,7 +131,8 @@ def test_what_a_layout_cannot_hold_is_refused_by_name(tmp_path: Path) -> None:
     tuned = tuned_copy(base, tmp_path / "tuned", everywhere(6))
     with pytest.raises(UnsupportedError, match="cannot be written as onetrainer-comfy") as caught:
         ps.extract(tuned, base, tmp_path / "a.safetensors", rank=2, to="onetrainer-comfy")
-    assert "--drop" in str(caught.value)
+    assert "--exclude PATTERN" in str(caught.value)
+    assert "--drop" not in str(caught.value)
     assert not (tmp_path / "a.safetensors").exists()
 
 
