@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
 
 from ..errors import CannotFuse, CannotSplit, UsageError
 from .base import WeightAdapter
@@ -18,6 +19,42 @@ from .storage import Common
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
+
+
+class _Correlated(torch.autograd.Function):
+    """y_m[p] = scale Σ_nq w_mn[(q - p) mod b] x_n[q], x (…, n·b), w (m, n, b), through the
+    transforms of blocks: Y_m = Σ_n X_n conj(W_mn). With the gradient G_m, that of x_n is
+    Σ_m G_m W_mn, that of w_mn is conj(G_m) X_n, summed over positions.
+
+    Kept for the backward pass are x and w and not their transforms, which take twice the room.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, w: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w, scale)
+        n, b = w.shape[1:]
+        exact = torch.promote_types(x.dtype, torch.float32)
+        waves = torch.fft.rfft(x.to(exact).unflatten(-1, (n, b)))
+        found = torch.einsum("...nk,mnk->...mk", waves, torch.fft.rfft(w.to(exact) * scale).conj())
+        return torch.fft.irfft(found, n=b).flatten(-2).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: BackwardCFunction, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, w, scale = tuple(ctx.saved_tensors)
+        for_x, for_w, _ = tuple(ctx.needs_input_grad)
+        m, n, b = w.shape
+        exact = torch.promote_types(x.dtype, torch.float32)
+        of_x = of_w = None
+        waves = torch.fft.rfft(grad.to(exact).unflatten(-1, (m, b))) * scale
+        if for_x:
+            found = torch.einsum("...mk,mnk->...nk", waves, torch.fft.rfft(w.to(exact)))
+            of_x = torch.fft.irfft(found, n=b).flatten(-2).to(x.dtype)
+        if for_w:
+            inputs = torch.fft.rfft(x.to(exact).unflatten(-1, (n, b)))
+            found = torch.einsum("...mk,...nk->mnk", waves.conj(), inputs)
+            of_w = torch.fft.irfft(found, n=b).to(w.dtype)
+        return of_x, of_w, None
 
 
 class C3A(WeightAdapter):
@@ -55,15 +92,11 @@ class C3A(WeightAdapter):
         return blocks.flatten(1) * float(self.scale)
 
     def change(self, x: Tensor, layer: Layer) -> Tensor:
-        """Correlation of each block of x with its kernels, through FFTs of length b."""
+        """Correlation of each block of x with its kernels, through FFTs of length b. The gradient
+        has no gradient itself (RuntimeError)."""
         if layer.kind != "linear":
             return super().change(x, layer)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        b = self.block_size
-        waves = torch.fft.rfft(x.to(dtype).unflatten(-1, (-1, b)), dim=-1)
-        kernel = torch.fft.rfft(self.kernel.to(dtype) * self.scale, dim=-1).conj()
-        found = torch.einsum("...nk,mnk->...mk", waves, kernel)
-        return torch.fft.irfft(found, n=b, dim=-1).flatten(-2).to(x.dtype)
+        return _Correlated.apply(x, self.kernel, self.scale)
 
     # --- rows -------------------------------------------------------------------------------------
 

@@ -26,6 +26,9 @@ class HRA(WeightMap):
     u             (i, r); i counts the columns of the flattened weight, kernel included. Columns of
                   zeros reflect nothing
     orthogonal    Gram-Schmidt on the columns first (PEFT apply_GS): H = I - 2 Q Qᵀ
+
+    Gradients, but for `orthogonal`, are those of `linalg.householder`: worked out by hand, without
+    gradients of their own.
     """
 
     algorithm = "hra"
@@ -54,24 +57,11 @@ class HRA(WeightMap):
         return len(shape) >= 2 and math.prod(shape[1:]) == self.u.shape[0]
 
     def _reflected(self, x: Tensor, *, inverse: bool = False) -> Tensor:
-        """x H (or x Hᵀ) along the last dimension.
-
-        Compact WY form (Schreiber and Van Loan 1989) of columns of any length: H = I - U T Uᵀ,
-        T⁻¹ = striu(UᵀU) + ½ diag(UᵀU). H does not depend on their lengths: they are divided by
-        their largest entries, which the backward pass takes for constants.
-        """
+        """x H (or x Hᵀ) along the last dimension."""
         u = self.u.to(x.dtype)
         if self.orthogonal:
             return householder(x, gram_schmidt(u), orthonormal=True)
-        with torch.no_grad():
-            largest = torch.linalg.vector_norm(u, math.inf, dim=0)
-            empty = (largest == 0).to(u.dtype)
-            halved = u.new_ones(u.shape[1], u.shape[1]).fill_diagonal_(0.5)
-        u = u / (largest + empty)
-        core = torch.addcmul(empty.diag(), u.T @ u, halved)  # only its upper triangle is read
-        outer = torch.linalg.solve_triangular(core.T if inverse else core, u.T, upper=not inverse)
-        flat = x.reshape(-1, u.shape[0])
-        return torch.addmm(flat, flat @ u, outer, alpha=-1).view(x.shape)
+        return householder(x, u, inverse=inverse)
 
     def _map(self, weight: Tensor) -> Tensor:
         return self._reflected(weight.flatten(1)).reshape(weight.shape)

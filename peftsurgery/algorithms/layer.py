@@ -29,6 +29,13 @@ def add_product(y: Tensor, h: Tensor, matrix: Tensor) -> Tensor:
     return flat if flat.shape == shape else flat.view(shape)
 
 
+def as_matrix(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """(rows, everything else) in this dtype; the tensor itself where it is that already."""
+    if tensor.dtype != dtype:
+        tensor = tensor.to(dtype)
+    return tensor if tensor.ndim == 2 else tensor.flatten(1)
+
+
 @dataclass(frozen=True)
 class Layer:
     """How a layer uses its weight.

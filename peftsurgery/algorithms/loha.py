@@ -14,7 +14,7 @@ from ..errors import CannotFuse
 from ..linalg import khatri_rao
 from .base import CALL, WeightAdapter, is_one
 from .fresh import normal, require_rank, trainable
-from .layer import Layer
+from .layer import Layer, as_matrix
 from .slots import Part, block_diagonal, group_by, join, ratio, scaled, stack_rows, widest
 from .storage import Common
 
@@ -105,11 +105,14 @@ class LoHa(WeightAdapter):
 
     def _half(self, n: int, start: int, stop: int, dtype: torch.dtype) -> Pair:
         """(A (rows, r), B (r, i·k)) of factor 1 or 2."""
-        a, b, t = (self.w1_a, self.w1_b, self.t1) if n == 1 else (self.w2_a, self.w2_b, self.t2)
+        own = self._parameters
+        a, b, t = own[f"w{n}_a"], own[f"w{n}_b"], own[f"t{n}"]
+        assert a is not None
+        assert b is not None
         if t is None:
             if (start, stop) != (0, a.shape[0]):
                 a = a[start:stop]
-            return a.to(dtype), b.to(dtype).flatten(1)
+            return as_matrix(a, dtype), as_matrix(b, dtype)
         core = t.to(dtype).flatten(2) if t.ndim > 2 else t.to(dtype)[..., None]
         return a[:, start:stop].to(dtype).T, torch.einsum("mnk,ni->mik", core, b.to(dtype)).flatten(
             1
@@ -156,9 +159,9 @@ class LoHa(WeightAdapter):
         self._require_fit(tuple(weight.shape))
         a1, b1 = self._half(1, 0, self._shape[0], weight.dtype)
         a2, b2 = self._half(2, 0, self._shape[0], weight.dtype)
-        a1 = a1 * (self.scale if is_one(strength) else self.scale * strength)
-        change = (a1 @ b1) * (a2 @ b2)
-        return weight + (change if weight.ndim == 2 else change.view(weight.shape))
+        a1 = self.scaled(a1) if is_one(strength) else a1 * (self.scale * strength)
+        flat = weight if weight.ndim == 2 else weight.flatten(1)
+        return (flat + torch.mm(a1, b1) * torch.mm(a2, b2)).view(weight.shape)
 
     def change(self, x: Tensor, layer: Layer) -> Tensor:
         """On a Linear through the Khatri-Rao factors (R numbers per position in between) where that

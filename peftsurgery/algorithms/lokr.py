@@ -15,7 +15,7 @@ from ..linalg import Chooser, RankRule, Triplet, core_svd, dense_svd, factorizat
 from ..linalg.kronecker import Kronecker
 from .base import CALL, WeightAdapter, is_one
 from .fresh import kaiming, require_rank, trainable
-from .layer import Layer
+from .layer import Layer, as_matrix
 from .lokr_fit import nearest_product, require_finite, split_second
 from .lokr_rows import cut_rows, joined_rows
 from .slots import Part
@@ -150,16 +150,18 @@ class LoKr(WeightAdapter):
 
     def first(self, dtype: torch.dtype) -> Tensor:
         """w1 (a, c) without scale."""
-        if self.w1 is not None:
-            return self.w1.to(dtype).flatten(1)
+        whole = self._parameters["w1"]
+        if whole is not None:
+            return as_matrix(whole, dtype)
         pair = self._first_pair(dtype)
         assert pair is not None
         return pair[0] @ pair[1]
 
     def _second(self, dtype: torch.dtype) -> Tensor:
         """w2 (b, d·k)."""
-        if self.w2 is not None:
-            return self.w2.to(dtype).flatten(1)
+        whole = self._parameters["w2"]
+        if whole is not None:
+            return as_matrix(whole, dtype)
         pair = self._second_pair(dtype)
         assert pair is not None
         return pair[0] @ pair[1]
@@ -254,8 +256,9 @@ class LoKr(WeightAdapter):
         self._require_fit(tuple(weight.shape))
         a, b, c = self.blocks
         first, second = self.first(weight.dtype), self._second(weight.dtype)
-        first = first * (self.scale if is_one(strength) else self.scale * strength)
-        outer = first.reshape(-1, 1) @ second.reshape(1, -1)  # its gradients are two products
+        first = self.scaled(first) if is_one(strength) else first * (self.scale * strength)
+        # the gradients of an outer product are two products
+        outer = torch.mm(first.reshape(-1, 1), second.reshape(1, -1))
         change = outer.view(a, c, b, -1).transpose(1, 2)
         return (weight.reshape(change.shape) + change).view(weight.shape)
 

@@ -6,8 +6,11 @@ its blocks. Blocks D (n, b, b) act on vectors along the last dimension, block by
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
 
 
 def skew_from_vector(vector: Tensor, size: int) -> Tensor:
@@ -144,17 +147,64 @@ def gram_schmidt(u: Tensor) -> Tensor:
 def householder(
     x: Tensor, u: Tensor, *, orthonormal: bool = False, inverse: bool = False
 ) -> Tensor:
-    """x H along the last dimension, H = Π_k (I - 2 u_k u_kᵀ), u (n, r) of unit or zero columns.
+    """x H along the last dimension, H = Π_k (I - 2 û_k û_kᵀ), û the columns of u (n, r) at length
+    one; a column of zeros reflects nothing. inverse: x Hᵀ.
 
-    Compact WY form (Schreiber and Van Loan 1989): H = I - U T Uᵀ, T⁻¹ = striu(UᵀU) + ½ I; x H costs
-    two products of rank r and a triangular solve. orthonormal: UᵀU is diagonal, T = 2 I. inverse:
-    x Hᵀ.
+    orthonormal: the columns are that already, or zero, and H = I - 2 U Uᵀ. Otherwise autocast is
+    off inside, and the gradient has no gradient itself (RuntimeError).
     """
-    inner = x @ u
     if orthonormal:
-        return x - 2 * inner @ u.T
-    core = torch.triu(u.T @ u, 1) + 0.5 * torch.eye(u.shape[1], dtype=u.dtype, device=u.device)
-    if inverse:
-        core = core.T
-    outer = torch.linalg.solve_triangular(core, u.T, upper=not inverse)
-    return x - inner @ outer
+        return x - 2 * (x @ u) @ u.T
+    if not torch.is_autocast_enabled(x.device.type):
+        return _Reflected.apply(x, u, inverse)
+    with torch.autocast(x.device.type, enabled=False):
+        return _Reflected.apply(x, u, inverse)
+
+
+class _Reflected(torch.autograd.Function):
+    """The compact WY form (Schreiber and Van Loan 1989): x H = x - P M, P = x V, M = C⁻¹ Vᵀ, C =
+    striu(VᵀV) + ½ diag(VᵀV), V columns of any length; C transposed for x Hᵀ. Two products of rank
+    r and a triangular solve.
+
+    V is u divided by the largest entries of its columns, so that VᵀV neither overflows nor
+    vanishes; H does not depend on them, so they are constants in the backward pass.
+
+    With the gradient G: S = G Mᵀ and Z = C⁻ᵀ Pᵀ G, that of x is G - S Vᵀ, that of V is
+    -xᵀ S - Zᵀ + V (L + Lᵀ), L the upper half of Z Mᵀ (of its transpose for x Hᵀ) as in C.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, u: Tensor, inverse: bool) -> Tensor:
+        limits = torch.finfo(u.dtype)
+        largest = torch.linalg.vector_norm(u, math.inf, dim=0)
+        largest.clamp_min_(limits.smallest_normal * limits.eps)  # the least number above zero
+        v = u / largest
+        core = torch.mm(v.t(), v)
+        core.diagonal().mul_(0.5).clamp_min_(0.5)  # less only for a column of zeros
+        facing = core.t() if inverse else core
+        outer = torch.linalg.solve_triangular(facing, v.t(), upper=not inverse)
+        flat = x.reshape(-1, u.shape[0])
+        inner = torch.mm(flat, v)
+        ctx.save_for_backward(flat, v, largest, core, outer, inner)
+        ctx.inverse = inverse  # pyright: ignore[reportAttributeAccessIssue]
+        return torch.addmm(flat, inner, outer, alpha=-1).view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: BackwardCFunction, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        flat, v, largest, core, outer, inner = tuple(ctx.saved_tensors)
+        for_x, for_u, _ = tuple(ctx.needs_input_grad)
+        inverse: bool = ctx.inverse  # pyright: ignore[reportAttributeAccessIssue]
+        of_x = of_u = None
+        g = grad.reshape(flat.shape)
+        s = torch.mm(g, outer.t())
+        if for_x:
+            of_x = torch.addmm(g, s, v.t(), alpha=-1).view(grad.shape)
+        if for_u:
+            turned = core if inverse else core.t()
+            z = torch.linalg.solve_triangular(turned, torch.mm(inner.t(), g), upper=inverse)
+            half = (torch.mm(outer, z.t()) if inverse else torch.mm(z, outer.t())).triu_()
+            half.diagonal().mul_(0.5)
+            of_u = torch.addmm(z.t(), flat.t(), s)
+            of_u = torch.addmm(of_u, v, half + half.t(), beta=-1).div_(largest)
+        return of_x, of_u, None

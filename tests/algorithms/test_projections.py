@@ -170,6 +170,34 @@ def test_gradients_reach_every_tensor(case: Case, layer: str, rng: Generator) ->
         assert not any(b.requires_grad for b in adapter.buffers())
 
 
+@pytest.mark.parametrize("blocks", [(3, 2, 5), (1, 3, 4), (2, 2, 1)])
+def test_gradients_of_c3a_are_right(blocks: tuple[int, int, int], rng: Generator) -> None:
+    kernel = draw(rng, *blocks, dtype=torch.float64)
+    own = C3A(nn.Parameter(kernel), scale=0.7)
+    x = draw(rng, 2, 3, blocks[1] * blocks[2], dtype=torch.float64).requires_grad_()
+
+    def change(x: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+        own._parameters["kernel"] = kernel  # type: ignore[assignment]
+        return own.change(x, Layer("linear"))
+
+    assert torch.autograd.gradcheck(change, (x, kernel.requires_grad_()), atol=1e-6)
+
+
+def test_c3a_keeps_its_input_and_its_kernel(rng: Generator) -> None:
+    own = C3A(nn.Parameter(draw(rng, 3, 2, 4)))
+    x, kept = draw(rng, 5, 8).requires_grad_(), set[int]()
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = own.change(x, Layer("linear"))
+    mine = {t.untyped_storage().data_ptr() for t in (x, own.kernel, own.scale)}
+    assert kept <= mine
+    assert y.requires_grad
+
+
 # --- rows -----------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,10 @@ layer has an adapter with the same number of trained values in every tool; all v
   neighbours on the machine lengthen less than seconds on the wall. Every round runs every tool
   once, in an order that turns; a ratio is of two figures of one round, the median over the rounds
   is shown.
+* floor: the same without any adapter, gradients flowing through; PEFT/floor is what an adapter
+  that costs nothing would reach.
+* kept: bytes that lie between forward and backward for the backward pass, each storage once, but
+  for the model's and the adapters' own tensors.
 * memory: the most that one step takes on top of what lies there before it (VmHWM less VmRSS), in a
   process of its own where freed blocks go back to the system at once.
 * attach: a llama of 1.1 billion values on the meta device, every linear layer, least of some runs.
@@ -31,7 +35,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,6 +49,7 @@ sys.path.insert(0, str(ROOT))
 from tests.benchmarks.processes import run  # noqa: E402
 
 OURS, HAND, PEFT, LYCORIS = "ours", "by hand", "PEFT", "LyCORIS"
+FLOOR = "floor"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RANK = 8
 TRIM = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
@@ -253,14 +258,54 @@ class Training:
     """One model with adapters, ready to step."""
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | None
     ids: Tensor
     count: int
 
+    def loss(self) -> Tensor:
+        return self.model(input_ids=self.ids, labels=self.ids).loss
+
     def step(self) -> None:
+        if self.optimizer is None:
+            self.loss().backward()
+            return
         self.optimizer.zero_grad(set_to_none=True)
-        self.model(input_ids=self.ids, labels=self.ids).loss.backward()
+        self.loss().backward()
         self.optimizer.step()
+
+    def kept(self) -> int:
+        """Bytes kept between forward and backward."""
+        own = {_storage(t)[0] for t in (*self.model.parameters(), *self.model.buffers())}
+        found: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            found.update([_storage(tensor)])
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = self.loss()
+        loss.backward()
+        return sum(size for place, size in found.items() if place not in own)
+
+
+def _storage(tensor: Tensor) -> tuple[int, int]:
+    """Where a tensor's storage lies, and its bytes."""
+    if tensor.is_sparse:
+        parts = (tensor._values(), tensor._indices())
+        return parts[0].data_ptr(), sum(part.nbytes for part in parts)
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.nbytes()
+
+
+def bare(size: Size) -> Training:
+    """The model without adapters; the gradient runs through all of it and ends at its start."""
+    model = size.model().train().requires_grad_(False)
+
+    def start(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        return output.requires_grad_()
+
+    model.get_input_embeddings().register_forward_hook(start)  # type: ignore[operator]
+    return Training(model, None, size.ids(), 0)
 
 
 def training(size: Size, row: Row, tool: str) -> Training:
@@ -282,9 +327,22 @@ def training(size: Size, row: Row, tool: str) -> Training:
 # measuring ----------------------------------------------------------------------------------------
 
 
-def step_times(size: Size, row: Row, rounds: int) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """CPU seconds by tool, one for each round, and the number of trained values."""
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of one row, by tool."""
+
+    times: dict[str, list[float]]  # CPU seconds, one for each round
+    counts: dict[str, int]  # trained values
+    kept: dict[str, int]  # bytes
+
+
+def measured(size: Size, row: Row, rounds: int) -> Measured:
+    """All tools of a row, and the floor among the times."""
     made = {tool: training(size, row, tool) for tool in tools(row)}
+    counts = {name: t.count for name, t in made.items()}
+    kept = {name: t.kept() for name, t in made.items()}
+    made[FLOOR] = bare(size)
+    made[FLOOR].step()
     names = list(made)
     found: dict[str, list[float]] = {name: [] for name in names}
     gc.collect()
@@ -296,7 +354,7 @@ def step_times(size: Size, row: Row, rounds: int) -> tuple[dict[str, list[float]
             made[name].step()
             found[name].append(time.thread_time() - begin)
     gc.enable()
-    return found, {name: t.count for name, t in made.items()}
+    return Measured(found, counts, kept)
 
 
 def status(field: str) -> float:
@@ -312,6 +370,7 @@ def memory_job(size: str, name: str) -> None:
     for tool in tools(row):
         made = training(SIZES[size], row, tool)
         gc.collect()
+        assert made.optimizer is not None
         made.optimizer.zero_grad(set_to_none=True)
         Path("/proc/self/clear_refs").write_text("5")
         before = status("VmRSS")
@@ -327,42 +386,59 @@ def memory(size: str, name: str) -> dict[str, float]:
     return {t: float(b) for t, b in re.findall(r"^MEMORY (.*)=(\d+)$", finished.output, re.M)}
 
 
-def ratio(times: dict[str, list[float]], other: str) -> float:
+def ratio(times: dict[str, list[float]], other: str, own: str = OURS) -> float:
     """Median over the rounds of the other tool's time by ours."""
-    pairs = zip(times[other], times[OURS], strict=True)
-    return statistics.median(theirs / own for theirs, own in pairs)
+    pairs = zip(times[other], times[own], strict=True)
+    return statistics.median(theirs / mine for theirs, mine in pairs)
 
 
 def table(size: str, names: list[str], rounds: int, with_memory: bool) -> Iterator[str]:
-    """Lines: name, ours in ms, the others by ours, memory in MB, target."""
+    """Lines: name, ours in ms, the others by ours, PEFT by the floor, MB kept and taken, target."""
     others = (HAND, PEFT, LYCORIS)
-    columns = "".join(f"{name + '/ours':>13}" for name in others)
-    memories = "".join(f"{name + ' MB':>11}" for name in (OURS, *others)) if with_memory else ""
-    yield f"{size + ', ' + str(rounds) + ' rounds':20}{'ours ms':>9}{columns}{memories}  target"
+    columns = "".join(f"{name + '/ours':>13}" for name in others) + f"{'PEFT/floor':>12}"
+    columns += "".join(f"{name + ' kept':>14}" for name in (OURS, *others))
+    if with_memory:
+        columns += "".join(f"{name + ' MB':>11}" for name in (OURS, *others))
+    yield f"{size + ', ' + str(rounds) + ' rounds':20}{'ours ms':>9}{columns}  target"
     for name in names:
         row = ROWS[name]
         try:
-            times, counts = step_times(SIZES[size], row, rounds)
+            found = measured(SIZES[size], row, rounds)
             taken = memory(size, name) if with_memory else {}
         except Exception as error:  # a tool that cannot do it: said, and the others go on
             yield f"{name:20} {type(error).__name__}: {error}"
             continue
+        times = found.times
         line = f"{name:20}{statistics.median(times[OURS]) * 1e3:9.1f}"
         line += "".join(f"{ratio(times, t):13.2f}" if t in times else f"{'':13}" for t in others)
+        line += f"{ratio(times, PEFT, FLOOR):12.2f}" if PEFT in times else f"{'':12}"
+        line += _megabytes(found.kept, 14, 2)
         if with_memory:
-            cells = (f"{taken[t] / 1e6:11.1f}" if t in taken else " " * 11 for t in (OURS, *others))
-            line += "".join(cells)
-        targets: list[str] = []
-        if row.by_hand:
-            met = ratio(times, HAND) >= 1 / 1.03
-            targets.append(f"by hand at least 0.97: {verdict(met)}")
-        if row.peft:
-            met = ratio(times, PEFT) >= row.target
-            targets.append(f"PEFT at least {row.target:g}: {verdict(met)}")
-        if len(set(counts.values())) > 1:
-            values = ", ".join(f"{tool} {count}" for tool, count in counts.items())
-            targets.append(f"(values trained: {values})")
-        yield line + "  " + "; ".join(targets)
+            line += _megabytes(taken, 11, 1)
+        yield line + "  " + "; ".join(_targets(row, found))
+
+
+def _megabytes(found: Mapping[str, float], width: int, digits: int) -> str:
+    """The cells of all tools, empty where there is no figure."""
+    return "".join(
+        f"{found[t] / 1e6:{width}.{digits}f}" if t in found else " " * width
+        for t in (OURS, HAND, PEFT, LYCORIS)
+    )
+
+
+def _targets(row: Row, found: Measured) -> Iterator[str]:
+    """What was asked of a row, and whether it was met."""
+    if row.by_hand:
+        met = ratio(found.times, HAND) >= 1 / 1.03
+        yield f"by hand at least 0.97: {verdict(met)}"
+    if row.peft:
+        met = ratio(found.times, PEFT) >= row.target
+        yield f"PEFT at least {row.target:g}: {verdict(met)}"
+        met = found.kept[OURS] <= 1.02 * found.kept[PEFT]  # numbers and small tables count too
+        yield f"kept at most 1.02 of PEFT's: {verdict(met)}"
+    if len(set(found.counts.values())) > 1:
+        values = ", ".join(f"{tool} {count}" for tool, count in found.counts.items())
+        yield f"(values trained: {values})"
 
 
 def verdict(met: bool) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -55,6 +57,44 @@ def test_householder_is_the_product(inverse: bool, rng: torch.Generator) -> None
     x = torch.randn(2, 6, 9, generator=rng, dtype=torch.float64)
     got = rotations.householder(x, u, inverse=inverse)
     assert torch.allclose(got, x @ (product.T if inverse else product))
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize(("width", "columns"), [(7, 4), (3, 5), (1, 1)])
+def test_gradients_of_householder_are_right(
+    inverse: bool, width: int, columns: int, rng: torch.Generator
+) -> None:
+    x = torch.randn(2, 3, width, generator=rng, dtype=torch.float64, requires_grad=True)
+    u = torch.randn(width, columns, generator=rng, dtype=torch.float64)
+    u = (u * torch.logspace(-2, 2, columns, dtype=torch.float64)).requires_grad_()
+    call = functools.partial(rotations.householder, inverse=inverse)
+    assert torch.autograd.gradcheck(call, (x, u))
+    (gradient,) = torch.autograd.grad(call(x, u).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("size", [1e-42, 1e-30, 1e30])
+def test_reflections_do_not_look_at_lengths(size: float, rng: torch.Generator) -> None:
+    u = torch.randint(-3, 4, (6, 4), generator=rng).float()
+    u[:, 2], u[0] = 0, torch.tensor([2.0, 1.0, 0.0, -3.0])
+    wanted = rotations.householder(x := torch.randn(5, 6, generator=rng), u)
+    scaled = (u * size).requires_grad_()
+    got = rotations.householder(x.requires_grad_(), scaled)
+    assert torch.allclose(got, wanted, atol=2e-3 if size == 1e-42 else 1e-5)
+    got.square().sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad, 2 * x, atol=1e-4)
+
+
+def test_reflections_stay_orthogonal_under_autocast(rng: torch.Generator) -> None:
+    x, u = torch.randn(9, 9, generator=rng), torch.randn(9, 4, generator=rng, requires_grad=True)
+    (plain,) = torch.autograd.grad((rotations.householder(x, u) ** 3).sum(), u)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = rotations.householder(x, u)
+    (gradient,) = torch.autograd.grad((found**3).sum(), u)
+    assert torch.equal(found, rotations.householder(x, u))
+    assert torch.equal(gradient, plain)
 
 
 def test_kept_places_serve_autograd_after_inference() -> None:
