@@ -63,9 +63,9 @@ def majority(parts: Sequence[Tensor], weights: Sequence[float], options: Chosen)
         s = sign Σ y_i ("total"; zero counts as +) or sign Σ sign y_i ("frequency")
         result = Σ_{sign y_i = s} y_i,  divided by Σ_{sign y_i = s} |w_i| with `normalize`
 
-    The memory of `parts` is used for the result. For positive weights this is mergekit's formula. For negative ones mergekit divides by Σ w_i,
-    which turns the sign of the result. PEFT elects with the unweighted values and divides by the
-    count.
+    The memory of `parts` is used for the result. For positive weights this is mergekit's formula.
+    For negative ones mergekit divides by Σ w_i, which turns the sign of the result. PEFT elects
+    with the unweighted values and divides by the count.
     """
     if options.word("majority_sign") == "frequency":
         votes = torch.sign(parts[0])
@@ -88,7 +88,7 @@ def majority(parts: Sequence[Tensor], weights: Sequence[float], options: Chosen)
             result += part
     result.mul_(side)
     if normalize:  # where nothing agrees, 0 is divided by any number
-        result.div_(agreed.clamp_min_(min(abs(w) for w in weights)))
+        result.div_(agreed.clamp_min_(min((abs(w) for w in weights if w), default=1.0)))
     return result
 
 

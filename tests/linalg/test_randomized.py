@@ -200,3 +200,27 @@ def test_few_readings_and_none_after_the_cap_is_reached(rng: torch.Generator) ->
     source = Counted(torch.randn(400, 300, generator=rng))
     randomized_svd(source, "max:16,energy:0.999")
     assert source.readings <= 8
+
+
+@pytest.mark.parametrize("rank", ["11", "energy:0.5", "max:20,energy:0.9"])
+def test_a_matrix_is_read_once_and_the_result_is_that_of_one_in_memory(
+    rank: str, rng: torch.Generator
+) -> None:
+    source = Counted(noisy(260, 410, rng))
+    found = randomized_svd(source, rank, dense=False)
+    assert source.readings == 1
+    again = randomized_svd(DenseTiles(source.matrix, 20), rank, dense=False)
+    assert found.s.numel() == again.s.numel()
+    torch.testing.assert_close(found.s, again.s, rtol=1e-4, atol=0)
+    assert residual(source.matrix, found) == pytest.approx(residual(source.matrix, again), rel=1e-4)
+
+
+def test_a_matrix_too_large_to_keep_is_read_for_every_block(
+    rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peftsurgery.linalg.randomized.HELD", 1000)
+    source = Counted(torch.randn(300, 400, generator=rng))
+    found = randomized_svd(source, 9, dense=False)
+    optimum = float(torch.linalg.svdvals(source.matrix.double())[9:].norm())
+    assert 4 <= source.readings <= 10
+    assert residual(source.matrix, found) <= 1.005 * optimum
