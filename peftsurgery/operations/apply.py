@@ -130,11 +130,13 @@ class Renderer:
         """Rows [start, stop) rounded to the output dtype, without looking at what survived."""
         return self._round(self._exact(start, stop), start)
 
-    def exact(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Rows [start, stop) of the result and of the base in fp32, (rows, columns); the next call
-        reuses the memory.
+    def exact(
+        self, start: int, stop: int, *, sample: int = 1, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Rows [start, stop) of the result, and one in `sample` of those of the base, in fp32,
+        (rows, columns); the next call reuses the memory, but for that of `out`.
         """
-        return self._exact(start, stop), self.before(start, stop)
+        return self._exact(start, stop, out), self.before(start, stop, sample)
 
     def before(self, start: int, stop: int, step: int = 1) -> Tensor:
         """Rows start:stop:step of the base in fp32; the next call reuses the memory."""
@@ -156,10 +158,11 @@ class Renderer:
             held = self._window.held = ((start, stop), rows.reshape(stop - start, -1))
         return held[1]
 
-    def _exact(self, start: int, stop: int) -> Tensor:
+    def _exact(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         if self.whole is not None:
-            return self.whole[start:stop]
-        exact = self._scratch.take(0, stop - start, self.target.columns)
+            rows = self.whole[start:stop]
+            return rows if out is None else out.copy_(rows)
+        exact = self._scratch.take(0, stop - start, self.target.columns) if out is None else out
         exact.copy_(self._rows(start, stop))
         before = self.before(start, stop) if self._keeps_base else exact
         for edit, operation in self.operations:

@@ -23,7 +23,7 @@ from peftsurgery.quantizers.rounding import Subspace
 from peftsurgery.quantizers.surviving import ENOUGH, Survival, survival
 from peftsurgery.reports.base import Row
 
-ROWS, VALUES = 32, 1 << 16  # of each weight at least so many are tried
+ROWS, VALUES = 16, 1 << 16  # of each weight at least so many are tried
 OUTSIDE = 1e-3  # of the values: more cannot be written with the scales there are
 TRIED = ("nearest", "subspace", "stochastic")
 
@@ -50,19 +50,21 @@ def foresee(
     some = max(ROWS, VALUES // max(1, packed.columns))
     start = repacker.slabs // 2 * per + max(0, (per - some) // 2)
     stop = min(start + some, (repacker.slabs // 2 + 1) * per)
-    matrix, change = repacker.part(start, stop, tiled=False)
+    exact = repacker.part(start, stop, tiled=False)
     grid, codes = packed.format.grid(packed, start, stop)
     before, rows = grid.values(codes), slice(start, stop)
-    if grid.outside(matrix[rows]) > OUTSIDE:  # other scales will be needed
-        matrix, change = repacker.matrices()
-        grid = packed.format.fit(packed, matrix)[0].rows(start, stop)
+    if grid.outside(exact.wanted[rows]) > OUTSIDE:  # other scales will be needed
+        exact = repacker.exact()
+        grid = packed.format.fit(packed, exact.wanted)[0].rows(start, stop)
+    assert exact.change is not None
+    wanted, change = exact.wanted[rows], exact.change[rows]
     found: dict[str, Survival] = {}
     for rounding in dict.fromkeys((*TRIED, order.rounding)):
         repacker.order = replace(order, rounding=rounding)
-        chosen = repacker.codes(start, stop, grid, matrix, change, codes)
-        found[rounding] = survival(matrix[rows], change[rows], before, grid.values(chosen))
-    plain = matrix[rows].to(torch_dtype(output_dtype(target, settings))).float()
-    found["dequant"] = survival(matrix[rows], change[rows], matrix[rows] - change[rows], plain)
+        chosen = repacker.codes(start, stop, grid, exact, codes)
+        found[rounding] = survival(wanted, change, before, grid.values(chosen))
+    plain = wanted.to(torch_dtype(output_dtype(target, settings))).float()
+    found["dequant"] = survival(wanted, change, wanted - change, plain)
     for item in found.values():
         item.scale(count / (stop - start))
     return found, repacker.known_feedback

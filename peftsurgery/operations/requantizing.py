@@ -18,7 +18,7 @@ from peftsurgery.errors import CheckFailed
 from peftsurgery.operations.apply import TILE, Renderer, Scratch, Settings, spans
 from peftsurgery.operations.plan import Target
 from peftsurgery.operations.rounding import generator
-from peftsurgery.quantizers import Grid, Packed, PackedTensor, nearest
+from peftsurgery.quantizers import Format, Grid, Packed, PackedTensor, nearest
 from peftsurgery.quantizers.rounding import Subspace, feedback, feedback_factor, stochastic
 from peftsurgery.quantizers.surviving import Survival, directions, row_space, survival
 
@@ -46,6 +46,17 @@ class Repacked:
     change: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Exact:
+    """The wanted matrix (rows, columns) fp32, as the format rounds it, and its change: all of it,
+    or the sampled rows of every chunk by the chunk's first row.
+    """
+
+    wanted: Tensor
+    change: Tensor | None
+    sampled: Mapping[int, Tensor]
+
+
 class Repacker:
     """Packs one target again. Rows are rounded in chunks, each by itself, so that any chunk can be
     made again from the written scales.
@@ -59,7 +70,8 @@ class Repacker:
         self.format = self.packed.format
         self.settings, self.order, self.target = settings, order, target
         source = target if order.original is None else replace(target, tensor=order.original)
-        self.renderer = Renderer(source, settings, scratch)
+        self.scratch = scratch or Scratch()
+        self.renderer = Renderer(source, settings, self.scratch)
         # what the format multiplies inputs by, seen from the unquantized weight
         self._scales = (
             self.format.input_scales(self.packed, order.original.torch().float())
@@ -69,7 +81,8 @@ class Repacker:
 
     def whole(self, *, keep_lost: bool = False) -> Repacked:
         """Every row. Raises CheckFailed when the merge gives NaN or infinity."""
-        matrix, change = self.matrices()
+        exact = self.exact(keep_change=keep_lost)
+        matrix = exact.wanted
         if not math.isfinite(float(matrix.sum())):
             raise CheckFailed(
                 f"{self.target.name!r}: the merge gives NaN or Inf; nothing was kept. Look at "
@@ -83,14 +96,14 @@ class Repacker:
         for start, stop in self.chunks():
             rows = slice(start, stop)
             part, old = grid.rows(start, stop), None if previous is None else previous[rows]
-            codes[rows] = chosen = self.codes(start, stop, part, matrix, change, old)
-            total.add(self._survival(slice(start, stop), part, chosen, matrix, change))
+            codes[rows] = chosen = self.codes(start, stop, part, exact, old)
+            total.add(self._survival(start, stop, part, chosen, exact))
             if lost is not None:
                 torch.sub(matrix[rows], part.values(chosen), out=lost[rows])
         parts = self.format.join(parts, self.format.pack(self.packed, codes))
-        if lost is None:
+        if lost is None or exact.change is None:
             return Repacked(parts, total)
-        return Repacked(parts, total, *(self._weight(tensor) for tensor in (lost, change)))
+        return Repacked(parts, total, *(self._weight(tensor) for tensor in (lost, exact.change)))
 
     def _previous(self) -> Tensor | None:
         """The codes there are, where the rounding has use for them."""
@@ -98,52 +111,81 @@ class Repacker:
             return None
         return self.format.grid(self.packed, 0, self.packed.rows)[1]
 
-    def _survival(
-        self, rows: slice, grid: Grid, codes: Tensor, matrix: Tensor, change: Tensor
-    ) -> Survival:
-        """What survives in some rows, from every `sample`th of them."""
-        some = slice(rows.start, rows.stop, self.order.sample)
-        part = grid if self.order.sample == 1 else grid.every(self.order.sample)
-        wanted, delta = matrix[some], change[some]
+    def _survival(self, start: int, stop: int, grid: Grid, codes: Tensor, exact: Exact) -> Survival:
+        """What survives in rows start:stop, from every `sample`th of them."""
+        sample = self.order.sample
+        wanted, delta = exact.wanted[start:stop:sample], exact.sampled.get(start)
+        if delta is None:
+            assert exact.change is not None
+            delta = exact.change[start:stop:sample]
         if self.order.original is None:
             before = wanted - delta
         else:
-            held, known = self.format.grid(self.packed, rows.start, rows.stop)
-            before = held.values(known)[:: self.order.sample]
-        found = survival(wanted, delta, before, part.values(codes[:: self.order.sample]))
+            held, known = self.format.grid(self.packed, start, stop)
+            before = held.values(known)[::sample]
+        part = grid if sample == 1 else grid.every(sample)
+        found = survival(wanted, delta, before, part.values(codes[::sample]))
         found.scale(len(codes) / len(wanted))
         return found
 
     def _weight(self, matrix: Tensor) -> Tensor:
         return self.format.to_weight(self.packed, matrix)
 
-    def part(self, start: int, stop: int, *, tiled: bool = True) -> tuple[Tensor, Tensor]:
-        """`matrices`, of which at least rows start:stop are filled in; `tiled`: to the bit, from
-        the same tiles, which products over other numbers of rows are not.
+    def exact(self, *, keep_change: bool = True) -> Exact:
+        """What the merge gives, every row; keep_change: all of the change, not only what error
+        feedback and `_survival` need. What is wanted lies in `scratch`: good until the thread's
+        next call.
         """
-        target = self.target
-        if self.known_feedback is None or target.rows != self.packed.rows:
-            return self.matrices()
-        if not tiled:
-            return self._filled([(start, stop)])
-        return self._filled(tile for tile in spans(target) if tile[0] < stop and tile[1] > start)
+        sample = self.order.sample
+        known = self.order.rounding in ("nearest", "stochastic") or self.known_feedback is not None
+        if keep_change or not known or sample == 1 or not self._by_rows:
+            wanted, change = self._filled(spans(self.target))
+            return Exact(self._matrix(wanted), self._matrix(change), {})
+        wanted = self._room()
+        sampled: dict[int, Tensor] = {}
+        for start, stop in spans(self.target):
+            out = wanted[start:stop]
+            _, before = self.renderer.exact(start, stop, sample=sample, out=out)
+            sampled[start] = out[::sample] - before
+            if self._scales is not None:
+                out *= self._scales
+                sampled[start] *= self._scales
+        return Exact(wanted, None, sampled)
 
-    def matrices(self) -> tuple[Tensor, Tensor]:
-        """The wanted weight and its change, (rows, columns) fp32 as the format rounds them."""
-        both = (t.reshape(self.packed.shape) for t in self._filled(spans(self.target)))
-        first, second = (self.format.to_matrix(self.packed, tensor) for tensor in both)
-        return first, second
+    def part(self, start: int, stop: int, *, tiled: bool = True) -> Exact:
+        """`exact`, of which at least rows start:stop are filled in; `tiled`: to the bit, from the
+        same tiles, which products over other numbers of rows are not.
+        """
+        if self.known_feedback is None or not self._by_rows:
+            return self.exact()
+        tiles = [(start, stop)]
+        if tiled:
+            tiles = [tile for tile in spans(self.target) if tile[0] < stop and tile[1] > start]
+        return Exact(*self._filled(tiles), {})
 
     def _filled(self, tiles: Iterable[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        wanted, change = (torch.empty(self.target.rows, self.target.columns) for _ in range(2))
+        wanted, change = self._room(), torch.empty(self.target.rows, self.target.columns)
         for start, stop in tiles:
-            exact, before = self.renderer.exact(start, stop)
-            wanted[start:stop] = exact
-            torch.sub(exact, before, out=change[start:stop])
+            out = wanted[start:stop]
+            _, before = self.renderer.exact(start, stop, out=out)
+            torch.sub(out, before, out=change[start:stop])
         if self._scales is not None:
             wanted *= self._scales
             change *= self._scales
         return wanted, change
+
+    def _room(self) -> Tensor:
+        """Memory for the weight, used before where there is some."""
+        return self.scratch.take(2, self.target.rows, self.target.columns)
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        return self.format.to_matrix(self.packed, weight.reshape(self.packed.shape))
+
+    @property
+    def _by_rows(self) -> bool:
+        """Whether the rows of the matrix are those of the target, and its chunks the tiles."""
+        same = self.target.rows == self.packed.rows and self.slabs == 1
+        return same and type(self.format).to_matrix is Format.to_matrix
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """Rows [start, stop) that are rounded together; never of two experts."""
@@ -159,45 +201,40 @@ class Repacker:
         return self.packed.shape[0] if self.target.lead == 2 else 1
 
     def codes(
-        self,
-        start: int,
-        stop: int,
-        grid: Grid,
-        matrix: Tensor,
-        change: Tensor,
-        previous: Tensor | None,
+        self, start: int, stop: int, grid: Grid, exact: Exact, previous: Tensor | None
     ) -> Tensor:
-        """Codes for rows start:stop of `matrix`; `previous` are those they had, for nearest."""
-        rows = matrix[start:stop]
+        """Codes for rows start:stop; `previous` are those they had, for nearest."""
+        rows = exact.wanted[start:stop]
         rounding = self.order.rounding
         if rounding == "stochastic":
             random = generator(self.settings.seed, self.target.name, start)
             return stochastic(rows, grid, random)
         if rounding == "gptq":
-            return feedback(rows, grid, self._gram_factor(start, change, grid))
+            return feedback(rows, grid, self._gram_factor(start, exact, grid))
         if rounding == "subspace":
-            fed = self._feedback(start, change, grid)
+            fed = self._feedback(start, exact, grid)
             if fed.basis.shape[1]:
                 return fed.codes(rows, grid)
         return nearest(rows, grid, previous)
 
-    def _feedback(self, start: int, change: Tensor, grid: Grid) -> Subspace:
+    def _feedback(self, start: int, exact: Exact, grid: Grid) -> Subspace:
         """Error feedback in the input directions of the change around row `start`."""
         if self.known_feedback is not None:
             return self.known_feedback
         per = self.packed.rows // self.slabs
         slab = start // per
         if self._found is None or self._found[0] != slab:
-            basis = directions(change[slab * per : (slab + 1) * per], start)
+            assert exact.change is not None
+            basis = directions(exact.change[slab * per : (slab + 1) * per], start)
             self._found = (slab, Subspace.of(basis, grid.group))
         return self._found[1]
 
-    def _gram_factor(self, start: int, change: Tensor, grid: Grid) -> Tensor:
+    def _gram_factor(self, start: int, exact: Exact, grid: Grid) -> Tensor:
         """What feedback needs of the Gram matrix, with the directions of the change around row
         `start`; one at a time is kept.
         """
         assert self.order.gram is not None
-        fed = self._feedback(start, change, grid)
+        fed = self._feedback(start, exact, grid)
         if self._factor is None or self._factor[0] is not fed:
             self._factor = (fed, feedback_factor(self.order.gram(), fed.basis))
         return self._factor[1]
@@ -239,10 +276,10 @@ def differs(repacker: Repacker, written: Mapping[str, LazyTensor], *, full: bool
     format = repacker.format
     chunks = list(repacker.chunks())
     chunks = chunks if full else [chunks[len(chunks) // 2]]
-    matrix, change = repacker.part(*chunks[0]) if len(chunks) == 1 else repacker.matrices()
+    exact = repacker.part(*chunks[0]) if len(chunks) == 1 else repacker.exact(keep_change=False)
     for start, stop in chunks:
         grid, codes = format.grid(packed, start, stop)
-        expected = repacker.codes(start, stop, grid, matrix, change, None)
+        expected = repacker.codes(start, stop, grid, exact, None)
         if not torch.equal(grid.values(expected), grid.values(codes)):
             return f"{start}:{stop}"
     return None

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+PIECE = 1 << 18  # pairs that are packed together: they stay in the cache
+
 
 def high_first(pairs: Tensor) -> Tensor:
-    """Two 4-bit codes of every byte, the high half first: uint8 (n,) -> (2n,)."""
-    return torch.stack((pairs >> 4, pairs & 15), -1).reshape(*pairs.shape[:-1], -1)
+    """Two 4-bit codes of every byte, the high half first: uint8 (…, n) -> (…, 2n)."""
+    wide = pairs.to(torch.int16)  # two bytes that lie side by side, the first one the lower
+    return (wide & 15).bitwise_left_shift_(8).bitwise_or_(wide >> 4).view(torch.uint8)
 
 
 def low_first(pairs: Tensor) -> Tensor:
@@ -18,14 +23,24 @@ def low_first(pairs: Tensor) -> Tensor:
 
 def pack_high_first(codes: Tensor) -> Tensor:
     """The inverse of `high_first`: uint8 (…, 2n) -> (…, n)."""
-    pairs = codes.reshape(*codes.shape[:-1], -1, 2)
-    return (pairs[..., 0] << 4) | pairs[..., 1]
+    return _packed(codes, lambda wide: (wide << 4).bitwise_or_(wide >> 8))
 
 
 def pack_low_first(codes: Tensor) -> Tensor:
     """The inverse of `low_first`."""
-    pairs = codes.reshape(*codes.shape[:-1], -1, 2)
-    return (pairs[..., 1] << 4) | pairs[..., 0]
+    return _packed(codes, lambda wide: (wide >> 4).bitwise_or_(wide))
+
+
+def _packed(codes: Tensor, both: Callable[[Tensor], Tensor]) -> Tensor:
+    """The lower byte of `both` of two codes side by side in int16, the first one the lower: several
+    times as fast as to take them apart.
+    """
+    codes = codes.contiguous()
+    wide = (codes.clone() if codes.storage_offset() % 2 else codes).view(torch.int16)
+    found = torch.empty(wide.shape, dtype=torch.uint8)
+    for part, place in zip(wide.view(-1).split(PIECE), found.view(-1).split(PIECE), strict=True):
+        place.copy_(both(part))
+    return found
 
 
 def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:

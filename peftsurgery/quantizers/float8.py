@@ -119,11 +119,13 @@ class ScaledFloat8(Format, abc.ABC):
         scales = scales_of(as_stored(scales, outline.dtype))
         if packed.parts:
             old = self._scales(packed)
+            # less than half of the outermost step cuts nothing off, and floats need no more
+            moved = (scales - old).abs() > old.abs() * (1 - float(held.levels[-2]) / held.high) / 2
             before, after = (
-                tiles.error(matrix, self._grid(packed, some, 0, len(matrix)))
+                tiles.error(matrix, self._grid(packed, some, 0, len(matrix)), moved)
                 for some in (old, scales)
             )
-            scales = torch.where(after < before, scales, old)
+            scales = torch.where(moved & (after < before), scales, old)
         kept = {role: packed.whole(role) for role in packed.parts if role.startswith(KEPT)}
         stored = as_stored(scales, outline.dtype).reshape(outline.shape)
         return self._grid(packed, scales, 0, len(matrix)), {"scale": stored, **kept}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -41,39 +42,64 @@ class Grid:
         wide = values[:, first:last].repeat_interleave(self.group, 1)
         return wide[:, start - first * self.group : stop - first * self.group]
 
+    def _beside(self, weight: Tensor, values: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Weights (rows, n), the columns from `start` on, and what is constant over their groups,
+        in shapes that go together: whole groups side by side, else the values spread.
+        """
+        stop = start + weight.shape[1]
+        whole = self.group > 1 and start % self.group == 0 and stop % self.group == 0
+        if whole and self.order is None and values.shape[1] > 1 and stop > start:
+            cut = values[:, start // self.group : stop // self.group, None]
+            return weight.view(len(weight), cut.shape[1], self.group), cut
+        return weight, self.spread(values, start, stop)
+
     def values(self, codes: Tensor, start: int = 0) -> Tensor:
         """fp32 weights of codes (rows, n), the columns from `start` on."""
-        return self._placed(self.book.values(codes), start)
+        return self.placed(self.book.values(codes), start)
 
-    def _placed(self, found: Tensor, start: int) -> Tensor:
-        """Values of the book, overwritten by those of the weight."""
-        stop = start + found.shape[1]
+    def placed(self, found: Tensor, start: int = 0) -> Tensor:
+        """Values of the book (rows, n), overwritten by those of the weight."""
         if self.zero is not None:
-            found -= self.spread(self.zero, start, stop)
-        found *= self.spread(self.scale, start, stop)
+            part, zero = self._beside(found, self.zero, start)
+            part -= zero
+        part, scale = self._beside(found, self.scale, start)
+        part *= scale
         if self.factor != 1:
             found *= self.factor
         if self.shift is not None:
-            found += self.spread(self.shift, start, stop)
+            part, shift = self._beside(found, self.shift, start)
+            part += shift
         return found
 
     def units(self, weight: Tensor, start: int = 0) -> Tensor:
         """(w - shift) / scale + zero of weights (rows, n); 0 + zero where the scale is 0."""
-        stop = start + weight.shape[1]
-        scale = self.spread(self.scale, start, stop)
-        if self.factor != 1:
-            scale = scale * self.factor
+        return self._units(weight, start, torch.empty_like(weight))
+
+    def _units(self, weight: Tensor, start: int, out: Tensor) -> Tensor:
+        """`units`, written to `out`, which may be the weight."""
         if self.shift is not None:
-            weight = weight - self.spread(self.shift, start, stop)
-        found = weight / torch.where(scale == 0, torch.inf, scale)
+            part, shift = self._beside(weight, self.shift, start)
+            torch.sub(part, shift, out=part if out is weight else out.view(part.shape))
+            weight = out
+        part, divisor = self._beside(weight, self._divisor, start)
+        torch.div(part, divisor, out=part if out is weight else out.view(part.shape))
         if self.zero is not None:
-            found += self.spread(self.zero, start, stop)
-        return found
+            part, zero = self._beside(out, self.zero, start)
+            part += zero
+        return out
+
+    @cached_property
+    def _divisor(self) -> Tensor:
+        """What is divided by: factor · scale, infinity where the scale is 0."""
+        scale = self.scale * self.factor if self.factor != 1 else self.scale
+        return torch.where(scale == 0, torch.inf, scale)
 
     def near(self, weight: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
-        """Codes and their values, of the nearest as `Codebook.near` knows them."""
-        codes, found = self.book.near(self.units(weight, start))
-        return codes, self._placed(found, start)
+        """Codes and their values, of the nearest as `Codebook.near` knows them; the weight is
+        overwritten.
+        """
+        codes, found = self.book.near(self._units(weight, start, weight))
+        return codes, self.placed(found, start)
 
     def nearest(self, weight: Tensor, start: int = 0) -> Tensor:
         """Codes of the nearest values."""
@@ -95,7 +121,11 @@ class Grid:
         """The grid of one in `step` rows."""
         return self._cut(slice(None, None, step))
 
-    def _cut(self, rows: slice) -> Grid:
+    def picked(self, rows: Tensor) -> Grid:
+        """The grid of rows with some indices."""
+        return self._cut(rows)
+
+    def _cut(self, rows: slice | Tensor) -> Grid:
         def cut(values: Tensor | None) -> Tensor | None:
             return values if values is None or values.shape[0] == 1 else values[rows]
 
@@ -137,8 +167,8 @@ def extremes(
     lacking = -columns % group
     if lacking:  # the last value once more changes neither
         weight = torch.cat((weight, weight[:, -1:].expand(rows, lacking)), 1)
-    least, greatest = torch.aminmax(weight.reshape(rows, -1, group), dim=2)
-    return least, greatest
+    wide = weight.reshape(rows, -1, group)
+    return wide.amin(2), wide.amax(2)  # several times as fast as aminmax
 
 
 # (weight, grid, codes it had) -> codes
@@ -157,18 +187,7 @@ def nearest(weight: Tensor, grid: Grid, previous: Tensor | None = None) -> Tenso
 
 def keep_equal(found: Tensor, previous: Tensor, grid: Grid) -> Tensor:
     """Codes with those of `previous` where both stand for the same value (±0, a scale of 0)."""
-    differing = (found != previous).nonzero(as_tuple=True)
-    if not len(differing[0]):
-        return found
-    same = grid.book.values(found[differing]) == grid.book.values(previous[differing])
-    columns = differing[1]
-    scale = grid.scale.expand(found.shape[0], -1)
-    if grid.scale.shape[1] == 1:
-        place = torch.zeros_like(columns)
-    elif grid.order is not None:
-        place = grid.order[columns]
-    else:
-        place = columns // max(grid.group, 1)
-    same |= scale[differing[0], place] == 0
-    found[differing[0][same], columns[same]] = previous[differing[0][same], columns[same]]
-    return found
+    same = grid.book.values(found) == grid.book.values(previous)
+    if not bool(grid.scale.all()):
+        same |= grid.spread(grid.scale == 0, 0, found.shape[1])
+    return torch.where(same, previous, found)

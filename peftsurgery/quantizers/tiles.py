@@ -10,6 +10,7 @@ from torch import Tensor
 
 from peftsurgery.quantizers.grids import Grid
 
+PIECE = 1 << 20  # elements that are looked at together
 USUAL = 128  # the height and width of tiles where neither a config nor the shapes tell them
 
 
@@ -55,21 +56,28 @@ class Tiles:
         """The largest magnitude in every tile."""
         lacking = -self.columns % self.width
         wide = torch.nn.functional.pad(matrix, (0, lacking)) if lacking else matrix
-        by_row = wide.reshape(matrix.shape[0], self.across, self.width).abs().amax(2)
+        by_tile = wide.reshape(matrix.shape[0], self.across, self.width)
+        by_row = torch.maximum(-by_tile.amin(2), by_tile.amax(2))  # no copy of all, as abs makes
         if self.height == 1:
             return by_row
         found = by_row.new_zeros(self.stack * self.down, self.across)
         place = self.place(0, matrix.shape[0])[:, None].expand(-1, self.across)
         return found.scatter_reduce_(0, place, by_row, "amax")
 
-    def error(self, matrix: Tensor, grid: Grid) -> Tensor:
-        """The squared error of every tile when a matrix is rounded to the nearest values."""
-        error = grid.values(grid.nearest(matrix)).sub_(matrix).square_()
-        by_row = grid.grouped(error)
-        if self.height == 1:
-            return by_row
-        found = by_row.new_zeros(self.stack * self.down, self.across)
-        return found.index_add_(0, self.place(0, matrix.shape[0]), by_row)
+    def error(self, matrix: Tensor, grid: Grid, only: Tensor | None = None) -> Tensor:
+        """The squared error of every tile when a matrix is rounded to the nearest values; 0 of
+        those that `only` (a truth value for each) leaves out with their whole row of tiles.
+        """
+        place = self.place(0, len(matrix))
+        rows = torch.arange(len(matrix))
+        if only is not None:
+            rows = only.any(1).index_select(0, place).nonzero()[:, 0]
+        found = matrix.new_zeros(self.stack * self.down, self.across)
+        for some in rows.split(max(1, PIECE // self.columns)):
+            part, near = matrix.index_select(0, some), grid.picked(some)
+            error = near.values(near.nearest(part)).sub_(part).square_()
+            found.index_add_(0, place.index_select(0, some), near.grouped(error))
+        return found
 
 
 def tiled(

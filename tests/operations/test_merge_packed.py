@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,13 @@ import torch
 import peftsurgery as ps
 from peftsurgery.checkpoint import save
 from peftsurgery.errors import CheckFailed, UnsupportedError, UsageError
-from peftsurgery.operations import merge_writing, requantizing
+from peftsurgery.operations import apply, merge_writing, requantizing
+from peftsurgery.operations.apply import Settings
+from peftsurgery.operations.inputs import open_inputs
 from peftsurgery.operations.requant import parse
+from peftsurgery.operations.requantizing import Order, Repacker
 from tests.operations.packed_llm import (
+    HIDDEN,
     LAYERS,
     deltas,
     share_kept,
@@ -295,13 +300,34 @@ def test_codes_that_this_merge_does_not_give_are_noticed(
     real = requantizing.Repacker.whole
 
     def doubled(self: requantizing.Repacker, **more: bool) -> requantizing.Repacked:
-        matrices = self.matrices
-        self.matrices = lambda: (matrices()[0] + matrices()[1], matrices()[1])  # type: ignore[method-assign]
+        found = self.exact()
+        assert found.change is not None
+        twice = replace(found, wanted=found.wanted + found.change)
+        self.exact = lambda **_: twice  # type: ignore[method-assign]
         return real(self, **more)
 
     monkeypatch.setattr(requantizing.Repacker, "whole", doubled)
     with pytest.raises(CheckFailed, match="rows"):
         ps.merge(nf4, [(lora, 1.0)], tmp_path / "out")
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "subspace"])
+def test_what_is_measured_on_some_rows_changes_no_codes(
+    packed: Path, tmp_path: Path, rounding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora = adapter(tmp_path, 0.1)
+    for module in (apply, requantizing):
+        monkeypatch.setattr(module, "TILE", 20 * HIDDEN)
+    target = open_inputs(packed, [(lora, 1.0)]).plan.targets[sorted(TOUCHED)[0]]
+    settings = Settings(rounding=rounding)
+    every, some = (
+        Repacker(target, settings, Order(rounding, sample=sample)).whole() for sample in (1, 3)
+    )
+    assert every.parts.keys() == some.parts.keys()
+    for role, part in every.parts.items():
+        assert torch.equal(part, some.parts[role])
+    assert some.survival.share == pytest.approx(every.survival.share, abs=0.15)
+    assert some.survival.total == pytest.approx(every.survival.total, rel=0.3)
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,29 @@ def grid_for(rows: int, columns: int, group: int, seed: int) -> Grid:
     return Grid(BOOKS["int4"], scale, zero, group=group)
 
 
+@pytest.mark.parametrize("group", [0, 16, 10])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_the_quick_nearest_is_as_near_as_the_nearest(
+    book: Codebook, group: int, shifted: bool
+) -> None:
+    random = torch.Generator().manual_seed(11)
+    count = -(-48 // group) if group else 1
+    scale = torch.rand(5, count, generator=random) + 0.5
+    scale[2, 0] = 0.0
+    zero = torch.randn(5, count, generator=random) if shifted else None
+    grid = Grid(book, scale, zero, zero, group=group, factor=0.75)
+    weight = grid.placed(values_between(book, 5 * 48, 10).reshape(5, 48))
+    codes, values = grid.near(weight.clone())
+    assert torch.equal(values, grid.values(codes))
+    best = (grid.values(grid.nearest(weight)) - weight).abs()
+    span = (min(book.high, 500.0) - max(book.low, -500.0)) * float(scale.max())
+    assert bool(((values - weight).abs() <= best + span / 4096).all())
+    for start, stop in ((0, 16), (16, 48), (5, 37)):
+        part, found = grid.near(weight[:, start:stop].clone(), start)
+        assert torch.equal(part, codes[:, start:stop])
+        assert torch.equal(found, values[:, start:stop])
+
+
 @pytest.mark.parametrize(("columns", "group"), [(64, 16), (50, 16), (7, 1), (33, 64)])
 def test_a_grid_in_parts_is_the_whole_grid(columns: int, group: int) -> None:
     grid = grid_for(6, columns, group, 3)

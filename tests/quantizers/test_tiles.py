@@ -34,6 +34,10 @@ def test_tiles(stack: int, rows: int, columns: int, height: int, width: int, see
     assert torch.equal(tiles.largest(matrix), largest)
     grid = Grid(Integers(-3, 3), tiles.spread(scales, 0, stack * rows), group=width)
     assert torch.allclose(tiles.error(matrix, grid), error, rtol=1e-4, atol=1e-6)
+    only = torch.rand(error.shape, generator=generator) < 0.3
+    some = tiles.error(matrix, grid, only)
+    assert torch.allclose(some[only], error[only], rtol=1e-4, atol=1e-6)
+    assert not bool(some[~only.any(1)].any())
     ones = torch.ones(1, columns, dtype=torch.int8)
     for start in range(stack * rows):
         window = Grid(Integers(-3, 3), tiles.spread(scales, start, start + 1), group=width)

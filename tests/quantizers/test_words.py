@@ -24,6 +24,28 @@ def test_words_hold_a_stream_of_codes(rng: torch.Generator, size: int, count: in
     assert torch.equal(bits.pack_words(stacked, size), words.reshape(1, 3, 1, -1))
 
 
+@pytest.mark.parametrize("shape", [(0,), (2,), (3, 14), (2, 1, 6)])
+def test_bytes_hold_two_codes(rng: torch.Generator, shape: tuple[int, ...]) -> None:
+    count = torch.Size(shape).numel()
+    for start in (0, 1):  # where the codes begin in a larger tensor
+        whole = torch.randint(0, 16, (count + 1,), generator=rng, dtype=torch.uint8)
+        codes = whole[start : start + count].reshape(shape)
+        first, second = codes[..., 0::2], codes[..., 1::2]
+        assert torch.equal(bits.pack_high_first(codes), first * 16 + second)
+        assert torch.equal(bits.pack_low_first(codes), second * 16 + first)
+        assert torch.equal(bits.high_first(bits.pack_high_first(codes)), codes)
+        assert torch.equal(bits.low_first(bits.pack_low_first(codes)), codes)
+
+
+def test_more_bytes_than_are_packed_together(
+    rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes = torch.randint(0, 16, (3, 50), generator=rng, dtype=torch.uint8)
+    whole = bits.pack_high_first(codes)
+    monkeypatch.setattr(bits, "PIECE", 7)
+    assert torch.equal(bits.pack_high_first(codes), whole)
+
+
 @pytest.mark.parametrize("group", [0, 1, 4, 5, 24])
 def test_extremes_of_groups_in_order(rng: torch.Generator, group: int) -> None:
     weight = torch.randn(3, 24, generator=rng)
