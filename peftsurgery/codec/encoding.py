@@ -42,29 +42,40 @@ class Encoded:
 
 
 def encode(
-    adapter: Adapter, layout: str, *, fold_alpha: bool = False, remedy: str | None = None
+    adapter: Adapter,
+    layout: str,
+    *,
+    fold_alpha: bool = False,
+    remedy: str | None = None,
+    keep: Callable[[WeightAdapter], WeightAdapter] | None = None,
 ) -> Encoded:
     """Write `adapter` in `layout`'s keys.
 
     fold_alpha: multiply the scale into the factors instead of storing alpha (the factors' dtype
-    rounds it).
+    rounds it). keep: gets every module that is made of several, and may put it elsewhere.
 
     Raises UnsupportedError naming the first module the layout cannot hold, how many there are, and
     the option of `convert` that makes it possible, or `remedy` instead. Shapes, dtypes and bytes of
     factors are kept wherever nothing has to change.
     """
-    return Encoder(adapter, layout_named(layout), fold_alpha, remedy).run()
+    return Encoder(adapter, layout_named(layout), fold_alpha, remedy, keep).run()
 
 
 class Encoder:
     """One encoding of `adapter` into `layout`."""
 
     def __init__(
-        self, adapter: Adapter, layout: Layout, fold_alpha: bool, remedy: str | None = None
+        self,
+        adapter: Adapter,
+        layout: Layout,
+        fold_alpha: bool,
+        remedy: str | None = None,
+        keep: Callable[[WeightAdapter], WeightAdapter] | None = None,
     ) -> None:
         self.adapter = adapter
         self.layout = layout
         self.remedy = remedy
+        self.keep = keep or (lambda module: module)
         self.fold = fold_alpha or layout.alpha == "none"
         self.architecture = architectures.get(adapter.architecture)
         self.out: dict[str, dict[str, torch.Tensor]] = {}
@@ -257,7 +268,7 @@ class Encoder:
                 raise CannotFuse(
                     f"{whole!r} would fuse different algorithms ({names}) into one weight"
                 )
-            module = type(first).fuse(parts)
+            module = self.keep(type(first).fuse(parts))
         return swap_halves(module) if site.operator == "swap_halves" else module
 
     def _write(

@@ -191,7 +191,7 @@ def combine(
         combined = _run(inputs, plan, report, spill, progress)
         overall = _overall(combined)
         result, combined = _assembled(inputs, combined, to)
-        encoded = encode_as(result, to, sources=files)
+        encoded = encode_as(result, to, sources=files, keep=spill.keep)
         encoded.release = spill.release
         report.findings.extend([*encoded.findings, *dead_modules(result)])
         summarise(report, result, encoded, to=to)

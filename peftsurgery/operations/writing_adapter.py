@@ -19,6 +19,7 @@ import torch
 
 from peftsurgery import architectures
 from peftsurgery.adapter import Adapter
+from peftsurgery.algorithms import WeightAdapter
 from peftsurgery.checkpoint import Checkpoint, open_checkpoint
 from peftsurgery.codec import BaseWeights, Encoded, encode, write_encoded
 from peftsurgery.codec.bases import base_names
@@ -137,12 +138,13 @@ def encode_as(
     fold_alpha: bool = False,
     sources: Sequence[Checkpoint] = (),
     remedy: str | None = None,
+    keep: Callable[[WeightAdapter], WeightAdapter] | None = None,
 ) -> Encoded:
     """`adapter` in the keys of the layout `to`, its floating-point tensors cast to `dtype`; alpha
     stays fp32. What the cast has read of `sources` is given back to the system as it goes. remedy:
-    what to advise where the layout cannot hold it, if not options of convert.
+    what to advise where the layout cannot hold it, if not options of convert. keep: see `encode`.
     """
-    encoded = encode(adapter, to, fold_alpha=fold_alpha, remedy=remedy)
+    encoded = encode(adapter, to, fold_alpha=fold_alpha, remedy=remedy, keep=keep)
     if dtype != "keep":
         _cast(encoded, DTYPES[dtype], sources)
     return encoded
