@@ -6,14 +6,17 @@ import contextlib
 import hashlib
 import os
 import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
-from peftsurgery.errors import UsageError
+from peftsurgery.checkpoint.header import Limits
+from peftsurgery.errors import PeftSurgeryError, UsageError
 
 # large: after every piece the thread waits for the interpreter's lock, for up to 5 ms
 _BUFFER_BYTES = 32 << 20
 _Identity = tuple[int, int, int, int]
-_ahead: dict[_Identity, _Ahead] = {}
+_ahead: dict[_Identity, Future[str]] = {}
 
 
 def sha256_of(path: Path | str, *, skip_header: bool = False) -> str:
@@ -49,44 +52,53 @@ def _digest(path: Path | str, skip_header: bool) -> str:
     return digest.hexdigest()
 
 
-def hash_ahead(source: Path | str) -> None:
-    """Start hashing a file, or the weights of a PEFT folder and of its sub-folders.
+def hash_ahead(*sources: Path | str) -> None:
+    """Start hashing files, or the weights of folders, one after the other on a thread of its own.
 
-    A later `sha256_of` of the same, unchanged file takes the result. Anything that is not a local
-    file or folder is left alone: opening it will say what is wrong.
+    A later `sha256_of` of the same, unchanged file takes the result. Folders: PEFT's, with its
+    sub-folders, and transformers'. Anything that is not a local file or such a folder is left
+    alone: opening it will say what is wrong.
     """
-    path = Path(source)
-    weights = "adapter_model.safetensors"
-    files = [path] if path.is_file() else [*path.glob(weights), *path.glob(f"*/{weights}")]
-    for file in files:
+    waiting: list[tuple[Path, Future[str]]] = []
+    for file in (file for source in sources for file in _weights(Path(source))):
         with contextlib.suppress(OSError):
-            thread = _Ahead(file)
-            _ahead[_identity(file)] = thread
-            thread.start()
+            future: Future[str] = Future()
+            _ahead[_identity(file)] = future
+            waiting.append((file, future))
+    if waiting:  # a daemon: it keeps no process from ending
+        threading.Thread(target=_hash_all, args=(waiting,), daemon=True).start()
+
+
+def _weights(path: Path) -> list[Path]:
+    if path.is_file():
+        index = path.name.endswith(".index.json")
+        return _shards(path) if index else [path]
+    for name in ("model.safetensors.index.json", "model.safetensors"):
+        if (path / name).is_file():
+            return _weights(path / name)
+    adapter = "adapter_model.safetensors"
+    return [*path.glob(adapter), *path.glob(f"*/{adapter}")]
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files an index names beside it; none when it is not what it should be."""
+    from peftsurgery.checkpoint.opening import shard_map
+
+    try:
+        shards = set(shard_map(index, limit=Limits().json_bytes).values())
+    except PeftSurgeryError:
+        return []
+    return [file for name in sorted(shards) if (file := index.parent / name).is_file()]
+
+
+def _hash_all(waiting: Sequence[tuple[Path, Future[str]]]) -> None:
+    for path, future in waiting:
+        try:
+            future.set_result(_digest(path, False))
+        except BaseException as error:  # it belongs to whoever asks for this file
+            future.set_exception(error)
 
 
 def _identity(path: Path | str) -> _Identity:
     status = os.stat(path)
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-class _Ahead(threading.Thread):
-    """One file's hash in the making. A daemon: it keeps no process from ending."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(daemon=True)
-        self.path = path
-        self.digest = ""
-        self.error: UsageError | None = None
-
-    def run(self) -> None:
-        try:
-            self.digest = _digest(self.path, False)
-        except UsageError as error:
-            self.error = error
-
-    def result(self) -> str:
-        self.join()
-        if self.error is not None:
-            raise self.error
-        return self.digest

@@ -137,12 +137,17 @@ def combine(
     The method works on the changes of the weights, never on factors apart. With whole checkpoints
     as inputs, fine-tunes of --base, the result is a checkpoint.
     """
-    from peftsurgery.operations.combine import combine as operation
+    from peftsurgery.checkpoint import hash_ahead
     from peftsurgery.operations.strengths import parse
+
+    sources = [parse(text) for text in adapters]
+    if not dry_run:
+        hash_ahead(*(source for source, _ in sources))  # beside the import of torch
+    from peftsurgery.operations.combine import combine as operation
 
     with display.progress("combine") as progress:
         report = operation(
-            [parse(text) for text in adapters],
+            sources,
             output,
             method=method,
             base=base,

@@ -101,6 +101,10 @@ def extract(
     their tensors differently, and be packed: weights are compared as what they stand for. BASE +
     the written adapter is measured against TUNED.
     """
+    from peftsurgery.checkpoint import hash_ahead
+
+    if not dry_run:
+        hash_ahead(tuned, base)  # beside the import of torch
     from peftsurgery.operations.extract import extract as operation
 
     with display.progress("extract") as progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,26 @@ def test_the_weights_of_a_peft_folder_and_its_parts(tmp_path):
     hash_ahead(tmp_path)
     assert len(set(hashing._ahead) - before) == 2
     assert [sha256_of(path) for path in paths] == [digest(path) for path in paths]
+
+
+@pytest.mark.parametrize("entry", ["", "model.safetensors.index.json"])
+def test_the_shards_of_a_transformers_folder(tmp_path, entry):
+    """Those the index names, and no other file; one broken index hides nothing of the rest."""
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    folder = tmp_path / "sharded"
+    folder.mkdir()
+    paths = [write_simple(folder / name, {name[6:11]: 3}) for name in names]
+    write_simple(folder / "model.fp16.safetensors", {"a": 3})
+    index = {"weight_map": {name[6:11]: name for name in names}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b"}}')
+    plain = write_simple(tmp_path / "plain" / "model.safetensors", {"a": 7})
+    before = set(hashing._ahead)
+    hash_ahead(folder / entry, broken, plain.parent)
+    assert len(set(hashing._ahead) - before) == 3
+    assert [sha256_of(path) for path in (*paths, plain)] == [digest(p) for p in (*paths, plain)]
 
 
 @pytest.mark.parametrize("source", ["", "missing", "owner/repo", "hf://owner/repo", "."])

@@ -51,13 +51,14 @@ def test_convert(monkeypatch: pytest.MonkeyPatch) -> None:
         alpha="keep",
         drop=(),
         only=None,
+        keep_unknown=False,
         overwrite=False,
         dry_run=False,
         allow_pickle=False,
         progress=None,
     )
     options = "--architecture sdxl --base c --algorithm lora --rank max:64,energy:0.99 --alpha fold"
-    more = "--dtype bf16 --drop a* --drop b --only unet --overwrite --dry-run --allow-pickle -q"
+    more = "--dtype bf16 --drop a* --drop b --only unet --keep-unknown --overwrite --dry-run --allow-pickle -q"
     run("convert", "a", "-o", "b", "--to", "peft", *options.split(), *more.split())
     operation.assert_called_with(
         "a",
@@ -71,6 +72,7 @@ def test_convert(monkeypatch: pytest.MonkeyPatch) -> None:
         alpha="fold",
         drop=("a*", "b"),
         only=("unet",),
+        keep_unknown=True,
         overwrite=True,
         dry_run=True,
         allow_pickle=True,
