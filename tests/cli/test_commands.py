@@ -58,7 +58,8 @@ def test_convert(monkeypatch: pytest.MonkeyPatch) -> None:
         progress=None,
     )
     options = "--architecture sdxl --base c --algorithm lora --rank max:64,energy:0.99 --alpha fold"
-    more = "--dtype bf16 --drop a* --drop b --only unet --keep-unknown --overwrite --dry-run --allow-pickle -q"
+    more = "--dtype bf16 --drop a* --drop b --only unet --overwrite --dry-run --allow-pickle -q"
+    more += " --keep-unknown"
     run("convert", "a", "-o", "b", "--to", "peft", *options.split(), *more.split())
     operation.assert_called_with(
         "a",
