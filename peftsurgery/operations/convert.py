@@ -90,9 +90,9 @@ def convert(
     hashing = Hashing(source, enabled=not dry_run)
     weights, known = base_weights(base, architecture, kept, keep_unknown=keep_unknown)
     tensors = Headers(kept) if dry_run else kept
-    if not dry_run:
-        kept.populate()
     adapter = decode(tensors, architecture=architecture, known=known, keep_unknown=keep_unknown)
+    if not dry_run:
+        kept.populate()  # not before: a large file may be refused by its header alone
     if weights is not None:
         adapter = settle(adapter, weights.shape_of)
     original_layout = adapter.layout
