@@ -32,11 +32,6 @@ NAME = "model.layers.0.self_attn.q_proj"
 KEY = f"base_model.model.{NAME}"
 
 
-@pytest.fixture
-def rng() -> Generator:
-    return torch.Generator().manual_seed(19)
-
-
 def draw(rng: Generator, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=rng)
 

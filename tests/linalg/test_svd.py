@@ -1,7 +1,6 @@
 """Core SVDs, rank rules, norms and factorisations against dense fp64."""
 
 import math
-import zlib
 
 import pytest
 import torch
@@ -21,11 +20,6 @@ from peftsurgery.linalg import (
     low_rank_norm,
     low_rank_sum_norm,
 )
-
-
-@pytest.fixture
-def rng(request: pytest.FixtureRequest) -> Generator:
-    return Generator().manual_seed(zlib.crc32(request.node.nodeid.encode()))
 
 
 def draw(rng: Generator, *shape: int) -> Tensor:

@@ -71,6 +71,12 @@ def expected(name: str, deltas: list[Tensor], weights: Sequence[float]) -> Tenso
     return dense.summed(deltas, weights)
 
 
+def assert_moved(found: Tensor, before: Tensor, change: Tensor, rtol: float, atol: float) -> None:
+    """found = before + change, to rounding."""
+    expected = before.double() + change.reshape(before.shape)
+    torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=atol)
+
+
 @pytest.mark.parametrize("name", ["linear", "ties", "magnitude_prune", "sce", "karcher"])
 def test_formulas_on_every_tensor(
     name: str, models: tuple[Path, list[Path]], tmp_path: Path
@@ -90,12 +96,7 @@ def test_formulas_on_every_tensor(
         if name == "karcher" and before.ndim == 0:
             continue  # two opposite points have no mean on the sphere
         change = expected(name, changes(base, files, key), weights)
-        torch.testing.assert_close(
-            found[key].double(),
-            before.double() + change.reshape(before.shape),
-            rtol=1e-5,
-            atol=2e-6,
-        )
+        assert_moved(found[key], before, change, rtol=1e-5, atol=2e-6)
     assert report.summary["tensors changed"] == len(SHAPES)
 
 
@@ -124,12 +125,7 @@ def test_methods_on_singular_vectors(
             pairs = [cut_in_two(delta) for delta in deltas]
             left, right = method.run(pairs, weights, method.choose({"scale": 0.7}))
             change = left @ right
-        torch.testing.assert_close(
-            found[key].double(),
-            before.double() + change.reshape(before.shape),
-            rtol=1e-4,
-            atol=2e-5,
-        )
+        assert_moved(found[key], before, change, rtol=1e-4, atol=2e-5)
     assert report.summary["tensors changed"] == len(SHAPES)
 
 
