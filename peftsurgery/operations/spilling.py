@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import os
 import tempfile
 import threading
 from pathlib import Path
@@ -18,6 +20,9 @@ from peftsurgery.errors import UsageError
 
 ROOM = 1 << 28  # bytes that stay in memory: most adapters need no file
 LEAST = 1 << 16  # bytes of a tensor; smaller ones always stay
+
+_libc = ctypes.CDLL(None) if os.name == "posix" else None
+_malloc_trim = getattr(_libc, "malloc_trim", None)  # glibc alone has it
 
 
 class Spill:
@@ -67,10 +72,14 @@ class Spill:
         return module.with_tensors(**moved)
 
     def release(self) -> None:
-        """Give the resident pages back, where the system has a call for that."""
+        """Give the resident pages back, and what the allocator holds in pieces between tensors that
+        are in use (600 MB behind 500 modules), where the system has calls for that.
+        """
         with self._lock:
             for mapped in self._maps if hasattr(mmap, "MADV_DONTNEED") else ():
                 mapped.madvise(mmap.MADV_DONTNEED)
+        if _malloc_trim is not None:
+            _malloc_trim(0)
 
     def _mapped(self, tensor: Tensor) -> Tensor:
         if self._file is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import compileall
+import functools
 import os
 import subprocess
 import sys
@@ -29,8 +31,15 @@ class Run:
     output: str
 
 
+@functools.cache
+def _compile() -> None:
+    """Have the package as pip installs it, in bytecode, also where the environment writes none."""
+    compileall.compile_dir(ROOT / "peftsurgery", quiet=1)
+
+
 def run(*command: str | Path) -> Run:
     """Run a command in the project's folder. Raises CalledProcessError when it fails."""
+    _compile()
     with tempfile.TemporaryFile("w+") as output:
         begin = time.perf_counter()
         child = subprocess.Popen(
