@@ -58,6 +58,7 @@ class KrylovSpace:
         self._metric = torch.zeros(0, 0, dtype=torch.float64)  # NᵀN
         self.values = torch.zeros(0, dtype=torch.float64)
         self._turn = self._gram
+        self._residuals: dict[int, tuple[Tensor, Tensor]] = {}  # since the last step, by rank
         root = math.sqrt(self.total)
         self._unit = root if root and not SQUARABLE[0] < root < SQUARABLE[1] else 1.0
 
@@ -87,6 +88,7 @@ class KrylovSpace:
         self.values, turn = torch.linalg.eigh(self._gram)
         self.values, self._turn = self.values.flip(0).clamp_min(0), turn.flip(1)
         self._add_outside(back.T.contiguous())
+        self._residuals.clear()
 
     def grow(self, extra: int = 0) -> None:
         """Take all of MᵀM X in, with `extra` fresh Gaussian columns beside it."""
@@ -106,10 +108,11 @@ class KrylovSpace:
         """Take in the `width` directions of MᵀM X in which the leading Ritz vectors' residuals
         R = N C Z are longest, the leading left singular vectors of R; the others stay outside.
         """
-        turn = self._coupling @ self._turn[:, :rank]
-        squares, vectors = torch.linalg.eigh(turn.T @ self._metric @ turn)
+        squares, vectors = self._residual(rank)
         width = min(width, int((squares > LOST**2 * squares[-1]).sum()))
-        longest = turn @ vectors[:, -width:] / squares[-width:].sqrt()
+        longest = (
+            self._coupling @ self._turn[:, :rank] @ vectors[:, -width:] / squares[-width:].sqrt()
+        )
         block = _polished(_without(self._outside @ longest.float(), self._bases))
         self._outside.addmm_(block, block.T @ self._outside, alpha=-1)
         self._bases.append(block)
@@ -133,7 +136,7 @@ class KrylovSpace:
         what is left when `grow_narrow` has taken them in.
         """
         k = min(rank, self.dimension)
-        squares, vectors = torch.linalg.eigh(self._residual_gram(k))
+        squares, vectors = self._residual(k)
         lengths = squares.clamp_min(0).sqrt()
         lengths[k - without :] = 0
         root = (vectors * lengths) @ vectors.T
@@ -145,11 +148,14 @@ class KrylovSpace:
 
     def residual(self, rank: int) -> float:
         """||MᵀM Z - Z Θ||_F of the leading Ritz vectors."""
-        return math.sqrt(max(float(self._residual_gram(rank).trace()), 0.0))
+        return math.sqrt(float(self._residual(rank)[0].clamp_min(0).sum()))
 
-    def _residual_gram(self, rank: int) -> Tensor:
-        turn = self._coupling @ self._turn[:, :rank]
-        return turn.T @ self._metric @ turn
+    def _residual(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Eigenvalues, ascending, and eigenvectors of RᵀR."""
+        if rank not in self._residuals:
+            turn = self._coupling @ self._turn[:, :rank]
+            self._residuals[rank] = torch.linalg.eigh(turn.T @ self._metric @ turn)
+        return self._residuals[rank]
 
     def leading(self, rank: int) -> tuple[Tensor, Tensor]:
         """(M Z (o, k), Z (n, k)) of the leading Ritz vectors Z."""

@@ -194,7 +194,7 @@ def _finished(space: KrylovSpace, k: int, since: int) -> bool:
 
 def _enough(space: KrylovSpace, k: int) -> int:
     """How many directions promise to bring the bound down; 0 where it takes a whole block."""
-    for width in (k // 4, k // 2):
+    for width in (k // 4, 3 * k // 8, k // 2):
         if width >= 4 and _bound(space, k, without=width) <= (1 + BOUND) / 2:
             return width
     return 0
