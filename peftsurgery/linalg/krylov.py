@@ -31,9 +31,10 @@ class RowTiles(Protocol):
         """(o, n)."""
         ...
 
-    def tiles(self) -> Iterator[tuple[int, Tensor]]:
+    def tiles(self, into: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows (rows, n) in fp32), in order, without gaps; the next tile may take the
-        memory of the one before."""
+        memory of the one before. into (o, n), fp32: each tile is the rows of it where it belongs.
+        """
         ...
 
 

@@ -47,10 +47,12 @@ class DenseTiles:
         """(o, n)."""
         return self.matrix.shape[0], self.matrix.shape[1]
 
-    def tiles(self) -> Iterator[tuple[int, Tensor]]:
+    def tiles(self, into: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
         """See `RowTiles.tiles`."""
         for start in range(0, self.matrix.shape[0], self.step):
-            yield start, self.matrix[start : start + self.step].float()
+            rows = self.matrix[start : start + self.step]
+            tile = rows.float() if into is None else into[start : start + self.step].copy_(rows)
+            yield start, tile
 
 
 @dataclass
@@ -65,16 +67,14 @@ class Held:
         """(o, n)."""
         return self.source.matrix_shape
 
-    def tiles(self) -> Iterator[tuple[int, Tensor]]:
+    def tiles(self, into: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
         """See `RowTiles.tiles`."""
         if self.matrix is not None:
-            yield from DenseTiles(self.matrix, step=128).tiles()
+            yield from DenseTiles(self.matrix, step=128).tiles(into)
             return
         # numpy asks for large pages: they take a third of the time to come
         matrix = torch.from_numpy(np.empty(self.matrix_shape, np.float32))
-        for start, tile in self.source.tiles():
-            matrix[start : start + tile.shape[0]] = tile
-            yield start, tile
+        yield from self.source.tiles(matrix)
         self.matrix = matrix
 
 
@@ -226,8 +226,8 @@ def _dense(source: RowTiles, rule: RankRule) -> Truncated:
     rows, columns = source.matrix_shape
     if rows < columns or rows * columns <= EXACT:
         matrix = torch.empty(rows, columns)
-        for start, tile in source.tiles():
-            matrix[start : start + tile.shape[0]] = tile
+        for _ in source.tiles(matrix):
+            pass
         require_finite(matrix)
         total = square(matrix)
         if rows * columns <= EXACT:

@@ -66,18 +66,20 @@ class Difference:
         kind = FLOATS[plain_dtype(self.tuned.tensor)]
         return torch.bfloat16 if kind.itemsize == 1 else kind
 
-    def tiles(self) -> Iterator[tuple[int, Tensor]]:
+    def tiles(self, into: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
         """(first row, TUNED - BASE of some rows (rows, columns) in fp32); see `RowTiles.tiles`.
 
         All tiles of one reading take the same memory: fresh pages cost more than the arithmetic.
         """
         room: list[Tensor] = []
         for start, tuned, base in self._pairs():
-            if torch.float64 in (tuned.dtype, base.dtype):
-                yield start, (tuned.double() - base.double()).float()
-                continue
             room = room or [torch.empty(tuned.shape) for _ in range(2)]
             one, other = (r[: tuned.shape[0]] for r in room)
+            if into is not None:
+                one = into[start : start + tuned.shape[0]]
+            if torch.float64 in (tuned.dtype, base.dtype):
+                yield start, one.copy_(tuned.double() - base.double())
+                continue
             one.copy_(tuned)
             if base.dtype != torch.float32:  # one cast at a time is ten times faster than in sub_
                 base = other.copy_(base)
@@ -106,10 +108,7 @@ class Difference:
 
     def dense(self) -> Tensor:
         """All of TUNED - BASE, fp32, in the base's shape."""
-        whole = torch.empty(self.matrix_shape)
-        for start, tile in self.tiles():
-            whole[start : start + tile.shape[0]] = tile
-        return whole.reshape(self.shape)
+        return _whole(self)
 
     def _pairs(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         rows, columns = self.matrix_shape
@@ -153,23 +152,29 @@ class Stack:
         """Number type of TUNED, that of the first part."""
         return next(p for p in self.parts if isinstance(p, Difference)).dtype
 
-    def tiles(self) -> Iterator[tuple[int, Tensor]]:
+    def tiles(self, into: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
         """See `Difference.tiles`."""
         row, columns = 0, self.matrix_shape[1]
         for part, height in zip(self.parts, self.heights, strict=True):
+            room = None if into is None else into[row : row + height]
             if isinstance(part, int):
-                yield row, torch.zeros(part, columns)
+                yield row, torch.zeros(part, columns) if room is None else room.zero_()
             else:
-                for start, tile in part.tiles():
+                for start, tile in part.tiles(room):
                     yield row + start, tile
             row += height
 
     def dense(self) -> Tensor:
         """All of it, fp32."""
-        whole = torch.empty(self.matrix_shape)
-        for start, tile in self.tiles():
-            whole[start : start + tile.shape[0]] = tile
-        return whole.reshape(self.shape)
+        return _whole(self)
+
+
+def _whole(source: Difference | Stack) -> Tensor:
+    """All tiles as one tensor."""
+    whole = torch.empty(source.matrix_shape)
+    for _ in source.tiles(whole):
+        pass
+    return whole.reshape(source.shape)
 
 
 def _wide(rows: Tensor) -> Tensor:

@@ -190,10 +190,9 @@ class Counted:
     def matrix_shape(self) -> tuple[int, int]:
         return self.matrix.shape[0], self.matrix.shape[1]
 
-    def tiles(self) -> Iterator[tuple[int, Tensor]]:
+    def tiles(self, into: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
         self.readings += 1
-        for start in range(0, self.matrix.shape[0], 20):
-            yield start, self.matrix[start : start + 20]
+        yield from DenseTiles(self.matrix, step=20).tiles(into)
 
 
 def test_few_readings_and_none_after_the_cap_is_reached(rng: torch.Generator) -> None:
