@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CannotFuse, UsageError
-from ..linalg import butterfly, cayley, skew_part, turn, within_norm
+from ..linalg import butterfly, cayley, half_cayley, skew_part, turn, turned_linear, within_norm
 from .fresh import refuse_options
 from .maps import (
     OTHER_INPUTS,
@@ -24,6 +24,7 @@ from .maps import (
     join_vectors,
     vector_like,
 )
+from .one_node import OneNode
 from .slots import Part, join
 from .storage import Common
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 Form = Literal["peft", "lycoris"]
 
 
-class BOFT(WeightMap):
+class BOFT(OneNode, WeightMap):
     """W_1 = rescale · W Mᵀ (form "peft", inputs) or rescale · M W (form "lycoris", outputs), with
     M = B_{m-1} … B_0, B_k = Π_kᵀ blockdiag(D_k1 … D_kn) Π_k.
 
@@ -49,6 +50,7 @@ class BOFT(WeightMap):
     algorithm = "boft"
     fields = ("blocks", "rescale")
     options = ("form", "constraint", "sized")
+    sides = ("input", "both")
     blocks: nn.Parameter
     rescale: nn.Parameter | None
     form: Form
@@ -115,10 +117,8 @@ class BOFT(WeightMap):
         """D (m, n, b, b)."""
         if self.form == "lycoris":
             return cayley(self.skew(dtype))
-        # cayley(-S) = 2 (I + S)⁻¹ - I, in few calls
-        r = self.blocks.to(dtype)
-        eye = torch.eye(r.shape[-1], dtype=dtype, device=r.device)
-        inverse = torch.linalg.inv_ex(torch.add(eye, r, alpha=0.5).sub(r.mT, alpha=0.5)).inverse
+        inverse = half_cayley(self.blocks.to(dtype))
+        eye = torch.eye(inverse.shape[-1], dtype=dtype, device=inverse.device)
         return torch.add(-eye, inverse, alpha=2)
 
     def _turn(self, x: Tensor, dtype: torch.dtype, *, inverse: bool = False) -> Tensor:
@@ -166,6 +166,15 @@ class BOFT(WeightMap):
         if factor is not None and not transposed:
             y = y * factor
         return channels_back(y, axis)
+
+    def joins(self, weight: Tensor, positions: int) -> bool:
+        return self.form == "peft" and self.blocks.shape[0] == 1
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        own = self._parameters
+        blocks = own["blocks"]
+        assert blocks is not None
+        return turned_linear(x, blocks, weight, bias, own["rescale"])
 
     def _changes_nothing(self) -> bool:
         if self.rescale is not None and bool((self.rescale != 1).any()):

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CannotFuse, UsageError
-from ..linalg import gram_schmidt, householder
+from ..linalg import gram_schmidt, householder, householder_linear
 from .fresh import refuse_options
 from .maps import OTHER_INPUTS, MapAxis, WeightMap, channels_back, channels_last
+from .one_node import OneNode
 from .slots import Part
 from .storage import Common
 
@@ -20,20 +21,18 @@ if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
 
-class HRA(WeightMap):
+class HRA(OneNode, WeightMap):
     """W_1 = W H, H = Π_{k=1..r} (I - 2 û_k û_kᵀ), û the columns of u at length one.
 
     u             (i, r); i counts the columns of the flattened weight, kernel included. Columns of
                   zeros reflect nothing
     orthogonal    Gram-Schmidt on the columns first (PEFT apply_GS): H = I - 2 Q Qᵀ
-
-    Gradients, but for `orthogonal`, are those of `linalg.householder`: worked out by hand, without
-    gradients of their own.
     """
 
     algorithm = "hra"
     fields = ("u",)
     options = ("orthogonal", "sized")
+    sides = ("input",)
     acts_on: MapAxis = "in"
     u: nn.Parameter
     orthogonal: bool
@@ -70,6 +69,12 @@ class HRA(WeightMap):
         dtype = torch.promote_types(y.dtype, torch.float32)
         turned = self._reflected(channels_last(y, axis).to(dtype), inverse=transposed)
         return channels_back(turned.to(y.dtype), axis)
+
+    def joins(self, weight: Tensor, positions: int) -> bool:
+        return not self.orthogonal
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return householder_linear(x, self.u, weight, bias)
 
     def _changes_nothing(self) -> bool:
         """Neighbouring equal columns cancel, zeros reflect nothing; other products are not the

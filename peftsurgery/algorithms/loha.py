@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
 from ..errors import CannotFuse
 from ..linalg import khatri_rao
-from .base import CALL, WeightAdapter, is_one
+from ..linalg.nodes import by_autograd, in_full, run_node
+from .base import CALL, is_one
 from .fresh import normal, require_rank, trainable
 from .layer import Layer, as_matrix
+from .one_node import OneNode
 from .slots import Part, block_diagonal, group_by, join, ratio, scaled, stack_rows, widest
 from .storage import Common
 
@@ -24,7 +27,79 @@ if TYPE_CHECKING:
 Pair = tuple[Tensor, Tensor]
 
 
-class LoHa(WeightAdapter):
+def _sum(
+    weight: Tensor, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, scale: float = 1.0
+) -> Tensor:
+    """W + scale (a1 b1) ⊙ (a2 b2)."""
+    return torch.addcmul(weight, torch.mm(a1, b1), torch.mm(a2, b2), value=scale)
+
+
+def _folded(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a1: Tensor,
+    b1: Tensor,
+    a2: Tensor,
+    b2: Tensor,
+    scale: float,
+) -> Tensor:
+    return F.linear(x, _sum(weight, a1, b1, a2, b2, scale), bias)
+
+
+class _Folded(torch.autograd.Function):
+    """`_folded` with its gradients: with D = scale · Gᵀ x and the products P_n = a_n b_n, those of
+    the first factors are (D ⊙ P_2) b1ᵀ and a1ᵀ (D ⊙ P_2). The products are made again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a1: Tensor,
+        b1: Tensor,
+        a2: Tensor,
+        b2: Tensor,
+        scale: float,
+    ) -> Tensor:
+        folded = _sum(weight, a1, b1, a2, b2, scale)
+        for_x, *_ = tuple(ctx.needs_input_grad)  # pyright: ignore[reportAttributeAccessIssue]
+        saved = x, weight, a1, b1, a2, b2, folded if for_x else None
+        ctx.save_for_backward(*saved)  # pyright: ignore[reportArgumentType]
+        ctx.scale = scale  # pyright: ignore[reportAttributeAccessIssue]
+        return F.linear(x, folded, bias)
+
+    @staticmethod
+    @in_full
+    def backward(ctx: BackwardCFunction, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a1, b1, a2, b2, folded = tuple(ctx.saved_tensors)
+        scale: float = ctx.scale  # pyright: ignore[reportAttributeAccessIssue]
+        if torch.is_grad_enabled():
+            return by_autograd(_folded, (x, weight, None, a1, b1, a2, b2, scale), grad)
+        g = grad.reshape(-1, grad.shape[-1])
+        for_x, _, _, *for_factors, _ = tuple(ctx.needs_input_grad)
+        of_x = torch.mm(g, folded).view(*x.shape) if for_x else None
+        if not any(for_factors):
+            return of_x, *[None] * 7
+        # with beta 0 the first matrix is not looked at
+        dense = torch.addmm(weight, g.t(), x.reshape(-1, x.shape[-1]), beta=0, alpha=scale)
+        first = torch.mm(a2, b2).mul_(dense)
+        second = torch.mm(a1, b1).mul_(dense)
+        return (
+            of_x,
+            None,
+            None,
+            torch.mm(first, b1.t()),
+            torch.mm(a1.t(), first),
+            torch.mm(second, b2.t()),
+            torch.mm(a2.t(), second),
+            None,
+        )
+
+
+class LoHa(OneNode):
     """ΔW = scale · (w1_a @ w1_b) ⊙ (w2_a @ w2_b), reshaped to the weight.
 
     w1_a, w2_a   (o, r)
@@ -161,7 +236,16 @@ class LoHa(WeightAdapter):
         a2, b2 = self._half(2, 0, self._shape[0], weight.dtype)
         a1 = self.scaled(a1) if is_one(strength) else a1 * (self.scale * strength)
         flat = weight if weight.ndim == 2 else weight.flatten(1)
-        return (flat + torch.mm(a1, b1) * torch.mm(a2, b2)).view(weight.shape)
+        return _sum(flat, a1, b1, a2, b2).view(weight.shape)
+
+    def joins(self, weight: Tensor, positions: int) -> bool:
+        self._require_fit(tuple(weight.shape))
+        return self.t1 is None and self.folds(weight, positions)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        own = self._parameters
+        factors = own["w1_a"], own["w1_b"], own["w2_a"], own["w2_b"]
+        return run_node(_Folded, x, weight, bias, *factors, self.number)
 
     def change(self, x: Tensor, layer: Layer) -> Tensor:
         """On a Linear through the Khatri-Rao factors (R numbers per position in between) where that

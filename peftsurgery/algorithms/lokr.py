@@ -17,7 +17,9 @@ from .base import CALL, WeightAdapter, is_one
 from .fresh import kaiming, require_rank, trainable
 from .layer import Layer, as_matrix
 from .lokr_fit import nearest_product, require_finite, split_second
+from .lokr_linear import kronecker_linear
 from .lokr_rows import cut_rows, joined_rows
+from .one_node import OneNode
 from .slots import Part
 from .storage import Common
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 Pair = tuple[Tensor, Tensor]
 
 
-class LoKr(WeightAdapter):
+class LoKr(OneNode):
     """ΔW = scale · w1 ⊗ w2: row α·b + β, column γ·d + δ (kernel last) holds w1[α, γ] · w2[β, δ,
     *k].
 
@@ -247,6 +249,10 @@ class LoKr(WeightAdapter):
             stored=stored,
         )
         return trainable(adapter, dtype)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        first, second = self.first(x.dtype), self._second(x.dtype)
+        return kronecker_linear(x, weight, bias, first, second, self.number)
 
     def folds(self, weight: Tensor, positions: int) -> bool:
         """Small layers, where calls cost more than arithmetic: o·i (positions + 16) < CALL."""

@@ -9,11 +9,14 @@ from .rotations import (
     cayley,
     cayley_neumann,
     gram_schmidt,
+    half_cayley,
     householder,
+    householder_linear,
     normalized_columns,
     skew_from_vector,
     skew_part,
     turn,
+    turned_linear,
     within_norm,
 )
 from .svd import Triplet, core_svd, dense_svd, khatri_rao, kron_svd, weighted_core
@@ -32,7 +35,9 @@ __all__ = [
     "dense_svd",
     "factorization",
     "gram_schmidt",
+    "half_cayley",
     "householder",
+    "householder_linear",
     "khatri_rao",
     "kohya_rank",
     "kron_svd",
@@ -45,6 +50,7 @@ __all__ = [
     "skew_part",
     "truncation_gap",
     "turn",
+    "turned_linear",
     "weighted_core",
     "within_norm",
 ]

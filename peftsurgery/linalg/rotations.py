@@ -7,33 +7,63 @@ its blocks. Blocks D (n, b, b) act on vectors along the last dimension, block by
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
-from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction, FunctionCtx
+
+from .nodes import by_autograd, by_hand, in_full, run_node
 
 
 def skew_from_vector(vector: Tensor, size: int) -> Tensor:
     """(n, b(b-1)/2) -> S (n, b, b) with S = -Sᵀ; the vector is the upper triangle, row by row."""
-    places = _upper_places(size, vector.device)
+    places = _kept(_upper_places, size, vector)
     upper = vector.new_zeros(vector.shape[0], size * size)
     upper = upper.index_copy(1, places, vector).view(-1, size, size)
     return upper - upper.mT
 
 
-_places: dict[tuple[int, torch.device], Tensor] = {}
+def _upper_places(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Places of the upper triangle in a flattened (size, size) matrix, row by row."""
+    rows, columns = torch.triu_indices(size, size, 1, device=device)
+    return rows * size + columns
 
 
-def _upper_places(size: int, device: torch.device) -> Tensor:
-    """Places of the upper triangle in a flattened (size, size) matrix, row by row; kept from call
-    to call where an ordinary tensor comes out."""
-    if torch.compiler.is_compiling() or (size, device) not in _places:
-        rows, columns = torch.triu_indices(size, size, 1, device=device)
-        found = rows * size + columns
-        if type(found) is Tensor and not found.is_inference() and len(_places) < 64:
-            _places[size, device] = found
-        return found
-    return _places[size, device]
+def _eye(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.eye(size, dtype=dtype, device=device)
+
+
+def _halves(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The upper triangle of ones with a diagonal of halves."""
+    eye = _eye(size, dtype, device)
+    return torch.ones_like(eye).triu_() - 0.5 * eye
+
+
+def _tiny(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A diagonal of numbers just above zero."""
+    return _eye(size, dtype, device) * torch.finfo(dtype).smallest_normal ** 0.5
+
+
+_Maker = Callable[[int, torch.dtype, torch.device], Tensor]
+_constants: dict[tuple[_Maker, int, torch.dtype, torch.device], Tensor] = {}
+
+
+def _kept(make: _Maker, size: int, like: Tensor) -> Tensor:
+    """A constant for the dtype and device of `like`, kept from call to call where both are ordinary
+    tensors."""
+    if torch.compiler.is_compiling():
+        return make(size, like.dtype, like.device)
+    key = make, size, like.dtype, like.device
+    ordinary = type(like) in (Tensor, nn.Parameter)
+    found = _constants.get(key) if ordinary else None
+    if found is None:
+        found = make(size, like.dtype, like.device)
+        ordinary = ordinary and type(found) is Tensor and not found.is_inference()
+        if ordinary and len(_constants) < 256:
+            _constants[key] = found
+    return found
 
 
 def skew_part(blocks: Tensor) -> Tensor:
@@ -84,6 +114,95 @@ def turn(x: Tensor, blocks: Tensor) -> Tensor:
     n, b, _ = blocks.shape
     columns = x.reshape(-1, n, b).transpose(0, 1)
     return torch.bmm(columns, blocks.mT).transpose(0, 1).reshape(x.shape)
+
+
+def half_cayley(blocks: Tensor) -> Tensor:
+    """Z = (I + S)⁻¹ for S = ½ (B - Bᵀ), with which cayley(-S) = 2 Z - I; blocks B (…, b, b)."""
+    # inverses are taken of columns: A transposed in memory is not copied
+    flipped = torch.add(_kept(_eye, blocks.shape[-1], blocks), blocks.mT, alpha=0.5).sub(
+        blocks, alpha=0.5
+    )
+    return torch.linalg.inv_ex(flipped.mT).inverse
+
+
+def turned_linear(
+    x: Tensor, blocks: Tensor, weight: Tensor, bias: Tensor | None, rescale: Tensor | None
+) -> Tensor:
+    """rescale ∘ (x D Wᵀ) + b as one node, D = cayley(-S) of `half_cayley`, blocks ([1,] n, b, b),
+    for constants W (o, n b) and b; rescale has o values. `nodes.by_hand` has to hold.
+    """
+    return run_node(_TurnedLinear, x, blocks, weight, bias, rescale)
+
+
+def _turned_linear(
+    x: Tensor, blocks: Tensor, weight: Tensor, bias: Tensor | None, rescale: Tensor | None
+) -> Tensor:
+    """`turned_linear` as autograd takes it."""
+    turned, _, _ = _turned(x.reshape(-1, x.shape[-1]), blocks)
+    y = _rescaled(F.linear(turned, weight), bias, rescale)
+    return y.view(*x.shape[:-1], len(weight))
+
+
+def _turned(x: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x D = 2 x Z - x, x (p, n b); then x Z (n, p, b) and Z."""
+    n, b = blocks.shape[-3:-1]
+    inverse = half_cayley(blocks.view(n, b, b))
+    parts = x.view(-1, n, b)
+    half = torch.bmm(parts.transpose(0, 1), inverse)
+    return torch.lerp(parts, half.transpose(0, 1), 2.0).view(x.shape), half, inverse
+
+
+def _rescaled(y: Tensor, bias: Tensor | None, rescale: Tensor | None) -> Tensor:
+    """y (p, o) rescaled, and the bias."""
+    if rescale is None:
+        return y if bias is None else y + bias
+    factor = rescale.view(-1)
+    return y * factor if bias is None else torch.addcmul(bias, y, factor)
+
+
+class _TurnedLinear(torch.autograd.Function):
+    """`_turned_linear` with its gradients. With G that of x D: that of x is 2 G Zᵀ - G, that of S
+    is -2 (x Z)ᵀ (G Zᵀ), block by block, since that of Z is 2 xᵀ G and dZ = -Z dS Z.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        blocks: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rescale: Tensor | None,
+    ) -> Tensor:
+        turned, half, inverse = _turned(x.reshape(-1, x.shape[-1]), blocks)
+        y = F.linear(turned, weight)
+        kept = None if rescale is None else y
+        saved = x, blocks, weight, bias, rescale, half, inverse, kept
+        ctx.save_for_backward(*saved)  # pyright: ignore[reportArgumentType]
+        return _rescaled(y, bias, rescale).view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    @in_full
+    def backward(ctx: BackwardCFunction, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, blocks, weight, bias, rescale, half, inverse, y = tuple(ctx.saved_tensors)
+        if torch.is_grad_enabled():
+            return by_autograd(_turned_linear, (x, blocks, weight, bias, rescale), grad)
+        for_x, for_blocks, _, _, for_rescale = tuple(ctx.needs_input_grad)
+        g = grad.reshape(-1, weight.shape[0])
+        of_x = of_blocks = of_rescale = None
+        if rescale is not None:
+            if for_rescale:
+                of_rescale = torch.mul(g, y).sum(0).view(rescale.shape)
+            g = g * rescale.view(-1)
+        g = torch.mm(g, weight)
+        parts = g.view(-1, *inverse.shape[:2])
+        back = torch.bmm(parts.transpose(0, 1), inverse.mT)
+        if for_x:
+            of_x = torch.lerp(parts, back.transpose(0, 1), 2.0).view(*x.shape)
+        if for_blocks:
+            flipped = torch.bmm(back.mT, half)  # that of S, transposed and by -2
+            of_blocks = (flipped - flipped.mT).view(*blocks.shape)
+        return of_x, of_blocks, None, None, of_rescale
 
 
 def chunk_order(size: int, block: int, stage: int, device: torch.device) -> Tensor:
@@ -151,60 +270,94 @@ def householder(
     one; a column of zeros reflects nothing. inverse: x Hᵀ.
 
     orthonormal: the columns are that already, or zero, and H = I - 2 U Uᵀ. Otherwise autocast is
-    off inside, and the gradient has no gradient itself (RuntimeError).
+    off inside.
     """
     if orthonormal:
         return x - 2 * (x @ u) @ u.T
-    if not torch.is_autocast_enabled(x.device.type):
-        return _Reflected.apply(x, u, inverse)
-    with torch.autocast(x.device.type, enabled=False):
-        return _Reflected.apply(x, u, inverse)
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return householder(x, u, inverse=inverse)
+    run = _Reflected.apply if by_hand(x.device) else _reflected
+    return run(x, u, inverse, None, None)
+
+
+def householder_linear(x: Tensor, u: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x Hᵀ Wᵀ + b as one node, for constants W (o, n) and b; `nodes.by_hand` has to hold."""
+    return run_node(_Reflected, x, u, True, weight, bias)
+
+
+def _reflected(
+    x: Tensor, u: Tensor, inverse: bool, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """`householder` as autograd takes it."""
+    turned, *_ = _compact(x.reshape(-1, x.shape[-1]), u, inverse)
+    if weight is not None:
+        turned = F.linear(turned, weight, bias)
+    return turned.view(*x.shape[:-1], turned.shape[-1])
+
+
+def _compact(x: Tensor, u: Tensor, inverse: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The compact WY form (Schreiber and Van Loan 1989): x H = x - N Vᵀ, N = x V C⁻¹, C =
+    striu(VᵀV) + ½ diag(VᵀV), V columns of any length; C transposed for x Hᵀ. x (p, n).
+
+    V is u divided by the largest entries of its columns, so that VᵀV neither overflows nor
+    vanishes; H does not depend on them, so they are constants in the backward pass. With entries of
+    1 nothing changes where the least of numbers is added to C, which is for columns of zeros.
+
+    Returns x H, V, the largest entries, C (the lower half of it is undefined) and N.
+    """
+    limits = torch.finfo(u.dtype)
+    least = limits.smallest_normal
+    largest = torch.linalg.vector_norm(u.detach(), math.inf, dim=0).clamp_min_(least * limits.eps)
+    v = u / largest
+    tiny, halves = _kept(_tiny, len(largest), u), _kept(_halves, len(largest), u)
+    core = torch.addmm(tiny, v.t(), v).mul_(halves)
+    facing = core.t() if inverse else core
+    inner = torch.linalg.solve_triangular(facing, torch.mm(x, v), upper=not inverse, left=False)
+    return torch.addmm(x, inner, v.t(), alpha=-1), v, largest, core, inner
 
 
 class _Reflected(torch.autograd.Function):
-    """The compact WY form (Schreiber and Van Loan 1989): x H = x - P M, P = x V, M = C⁻¹ Vᵀ, C =
-    striu(VᵀV) + ½ diag(VᵀV), V columns of any length; C transposed for x Hᵀ. Two products of rank
-    r and a triangular solve.
-
-    V is u divided by the largest entries of its columns, so that VᵀV neither overflows nor
-    vanishes; H does not depend on them, so they are constants in the backward pass.
-
-    With the gradient G: S = G Mᵀ and Z = C⁻ᵀ Pᵀ G, that of x is G - S Vᵀ, that of V is
-    -xᵀ S - Zᵀ + V (L + Lᵀ), L the upper half of Z Mᵀ (of its transpose for x Hᵀ) as in C.
+    """`_reflected` with its gradients: with G that of x H, S = G V C⁻ᵀ; that of x is G - S Vᵀ, that
+    of V is V (L + Lᵀ) - xᵀ S - Gᵀ N, L the upper half of Nᵀ S (of its transpose for x Hᵀ) with the
+    diagonal halved, as in C.
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, u: Tensor, inverse: bool) -> Tensor:
-        limits = torch.finfo(u.dtype)
-        largest = torch.linalg.vector_norm(u, math.inf, dim=0)
-        largest.clamp_min_(limits.smallest_normal * limits.eps)  # the least number above zero
-        v = u / largest
-        core = torch.mm(v.t(), v)
-        core.diagonal().mul_(0.5).clamp_min_(0.5)  # less only for a column of zeros
-        facing = core.t() if inverse else core
-        outer = torch.linalg.solve_triangular(facing, v.t(), upper=not inverse)
-        flat = x.reshape(-1, u.shape[0])
-        inner = torch.mm(flat, v)
-        ctx.save_for_backward(flat, v, largest, core, outer, inner)
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        u: Tensor,
+        inverse: bool,
+        weight: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:
+        turned, v, largest, core, inner = _compact(x.reshape(-1, x.shape[-1]), u, inverse)
+        saved = x, u, weight, v, largest, core, inner
+        ctx.save_for_backward(*saved)  # pyright: ignore[reportArgumentType]
         ctx.inverse = inverse  # pyright: ignore[reportAttributeAccessIssue]
-        return torch.addmm(flat, inner, outer, alpha=-1).view(x.shape)
+        if weight is not None:
+            turned = F.linear(turned, weight, bias)
+        return turned.view(*x.shape[:-1], turned.shape[-1])
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: BackwardCFunction, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        flat, v, largest, core, outer, inner = tuple(ctx.saved_tensors)
-        for_x, for_u, _ = tuple(ctx.needs_input_grad)
+    @in_full
+    def backward(ctx: BackwardCFunction, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, u, weight, v, largest, core, inner = tuple(ctx.saved_tensors)
         inverse: bool = ctx.inverse  # pyright: ignore[reportAttributeAccessIssue]
-        of_x = of_u = None
-        g = grad.reshape(flat.shape)
-        s = torch.mm(g, outer.t())
-        if for_x:
-            of_x = torch.addmm(g, s, v.t(), alpha=-1).view(grad.shape)
-        if for_u:
-            turned = core if inverse else core.t()
-            z = torch.linalg.solve_triangular(turned, torch.mm(inner.t(), g), upper=inverse)
-            half = (torch.mm(outer, z.t()) if inverse else torch.mm(z, outer.t())).triu_()
-            half.diagonal().mul_(0.5)
-            of_u = torch.addmm(z.t(), flat.t(), s)
-            of_u = torch.addmm(of_u, v, half + half.t(), beta=-1).div_(largest)
-        return of_x, of_u, None
+        if torch.is_grad_enabled():
+            return by_autograd(_reflected, (x, u, inverse, weight, None), grad)
+        for_x, for_u, *_ = tuple(ctx.needs_input_grad)
+        g = grad.reshape(-1, grad.shape[-1])
+        if weight is not None:
+            g = torch.mm(g, weight)
+        facing = core if inverse else core.t()
+        s = torch.linalg.solve_triangular(facing, torch.mm(g, v), upper=inverse, left=False)
+        of_x = torch.addmm(g, s, v.t(), alpha=-1).view(*x.shape) if for_x else None
+        if not for_u:
+            return of_x, None, None, None, None
+        half = torch.mm(s.t(), inner) if inverse else torch.mm(inner.t(), s)
+        half.mul_(_kept(_halves, len(half), u))
+        of_v = torch.mm(x.reshape(g.shape).t(), s).addmm_(g.t(), inner)
+        of_v = torch.addmm(of_v, v, half + half.t(), beta=-1)
+        return of_x, of_v.div_(largest), None, None, None

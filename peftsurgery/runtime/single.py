@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peftsurgery.algorithms import WeightAdapter
 from peftsurgery.algorithms.base import is_one
 from peftsurgery.algorithms.layer import Layer
+from peftsurgery.algorithms.one_node import OneNode
 
 from .running import cast, run
 from .stack import Entry, Stack, parameter_of, strength_of
@@ -24,8 +25,12 @@ _SHAPES = 256  # decisions kept
 
 def run_single(module: nn.Module, stack: Stack, entry: Entry, x: object) -> object:
     """The output for one input and no other argument; `entry` is `stack.single`."""
-    side, layer, adapter = entry.side, stack.layer, entry.adapter
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    joint = entry.joint
+    if joint is not None and weight is not None and type(x) is Tensor:  # noqa: SIM102
+        if _joins(joint, stack, entry, x, weight, bias):
+            return joint.linear(x, weight, bias)
+    side, layer, adapter = entry.side, stack.layer, entry.adapter
     whole = stack.whole and weight is not None
     if not whole:
         bias = parameter_of(module, "bias")  # packed layers of other libraries have plain tensors
@@ -83,6 +88,23 @@ def _dora(
     full, gain = y + adapter.change(cast(x, adapter), layer), adapter.gain(direction)
     full = full * gain if bias is None else torch.addcmul(bias, full, gain)
     return full.to(y.dtype)
+
+
+def _joins(
+    joint: OneNode, stack: Stack, entry: Entry, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> bool:
+    """Whether the layer and the adapter run as one node. Whether that pays is decided once for each
+    shape of x.
+    """
+    if not joint.takes(x, weight, bias) or entry.strength != 1 or not stack.whole:
+        return False  # `takes` first: a compiled graph is not to look at the strength
+    found = stack.joining.get(x.shape)
+    if found is None:
+        if len(stack.joining) >= _SHAPES:
+            stack.joining.clear()
+        found = type(weight) is nn.Parameter and joint.joins(weight, x.numel() // x.shape[-1])
+        stack.joining[x.shape] = found
+    return found
 
 
 def _folds(adapter: WeightAdapter, stack: Stack, x: Tensor, weight: Tensor) -> bool:

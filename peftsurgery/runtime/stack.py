@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from peftsurgery.algorithms import WeightAdapter
 from peftsurgery.algorithms.layer import Layer
+from peftsurgery.algorithms.one_node import OneNode
 from peftsurgery.errors import UnsupportedError, UsageError
 
 from .packed import dense_weight, device_of, is_packed, logical_shape
@@ -67,6 +68,7 @@ class Entry:
         self.strength = 1.0
         self.side = "sum"
         self.plain = False  # nothing but the map: no dropout, no origin, no bias
+        self.joint: OneNode | None = None  # the adapter, where it and the layer can be one node
         self.gain = torch.ones(())  # the strength as a tensor: changing it recompiles nothing
 
     def settle(self, layer: Layer) -> None:
@@ -94,6 +96,9 @@ class Entry:
                 "additive changes only; module_dropout is there for all."
             )
         self.side = side
+        self.joint = None
+        if isinstance(adapter, OneNode) and kind == "linear" and side in adapter.sides:
+            self.joint = adapter
 
     def set_strength(self, strength: float) -> None:
         """Both forms of the strength."""
@@ -172,7 +177,9 @@ class Stack(nn.Module):
         # the one entry in force, where it is all there is to do: see `single`
         alone = len(entries) == 1 and self.rows is None
         self.single = entries[0] if alone and entries[0].plain else None
-        self.folding: dict[tuple[object, ...], bool] = {}  # what `single` decided, by shape of x
+        # what `single` decided, by shape of x
+        self.folding: dict[tuple[object, ...], bool] = {}
+        self.joining: dict[tuple[int, ...], bool] = {}
 
     def remove(self, name: str) -> None:
         """Drop the adapter of that name, if it is here."""

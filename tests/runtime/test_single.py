@@ -60,7 +60,10 @@ def test_folding_changes_nothing(
     model, x = layers(rng), ids(rng)
     scramble(put(model, plan, "default", rng), rng)
     runtime.set_strength(model, strength)
-    found = []
+    found = [forward_and_gradients(model, x)]
+    for stack in stacks(model).values():
+        for entry in stack.entries:
+            entry.joint = None
     for folds in (True, False):
 
         def forced(_: object, stack: Stack, *rest: object, folds: bool = folds) -> bool:
@@ -69,6 +72,7 @@ def test_folding_changes_nothing(
         monkeypatch.setattr(single, "_folds", forced)
         found.append(forward_and_gradients(model, x))
     same(found[0], found[1], 1e-5)
+    same(found[1], found[2], 1e-5)
 
 
 def test_what_is_folded(rng: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +108,7 @@ def test_the_decision_follows_the_size_of_the_input(rng: Generator) -> None:
     for n in sizes:
         x = torch.randn(n, 40, generator=rng)
         close(model(x), nn.functional.linear(x, w, b), 1e-5)
-    assert sorted(stacks(model)["0"].folding.values()) == [False, True]
+    assert sorted(stacks(model)["0"].joining.values()) == [False, True]
 
 
 def test_a_loha_is_never_dense_where_its_factors_are_thin(rng: Generator) -> None:

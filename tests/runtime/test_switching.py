@@ -60,7 +60,9 @@ def test_hot_swap_copies_in_place(rng: Generator) -> None:
     assert torch.equal(first(x), before)
 
 
-@pytest.mark.parametrize("algorithm", ["lora", "glora", "hira", "vera", "hra"])
+@pytest.mark.parametrize(
+    "algorithm", ["lora", "glora", "hira", "vera", "hra", "boft", "loha", "lokr"]
+)
 def test_compiled_models_do_not_recompile(algorithm: str, rng: Generator) -> None:
     graphs: list[fx.GraphModule] = []
 
