@@ -19,6 +19,7 @@ from peftsurgery.operations.apply import TILE, Renderer, Scratch, Settings, span
 from peftsurgery.operations.plan import Target
 from peftsurgery.operations.rounding import generator
 from peftsurgery.quantizers import Format, Grid, Packed, PackedTensor, nearest
+from peftsurgery.quantizers.grids import pieces
 from peftsurgery.quantizers.rounding import Subspace, feedback, feedback_factor, stochastic
 from peftsurgery.quantizers.surviving import Survival, directions, row_space, survival
 
@@ -49,12 +50,14 @@ class Repacked:
 @dataclass(frozen=True)
 class Exact:
     """The wanted matrix (rows, columns) fp32, as the format rounds it, and its change: all of it,
-    or the sampled rows of every chunk by the chunk's first row.
+    or the sampled rows of every chunk by the chunk's first row. finite: it holds no NaN or
+    infinity.
     """
 
     wanted: Tensor
     change: Tensor | None
     sampled: Mapping[int, Tensor]
+    finite: bool = True
 
 
 class Repacker:
@@ -83,7 +86,7 @@ class Repacker:
         """Every row. Raises CheckFailed when the merge gives NaN or infinity."""
         exact = self.exact(keep_change=keep_lost)
         matrix = exact.wanted
-        if not math.isfinite(float(matrix.sum())):
+        if not exact.finite:
             raise CheckFailed(
                 f"{self.target.name!r}: the merge gives NaN or Inf; nothing was kept. Look at "
                 "the adapters with inspect --norms."
@@ -140,8 +143,9 @@ class Repacker:
         known = self.order.rounding in ("nearest", "stochastic") or self.known_feedback is not None
         if keep_change or not known or sample == 1 or not self._by_rows:
             wanted, change = self._filled(spans(self.target))
-            return Exact(self._matrix(wanted), self._matrix(change), {})
-        wanted = self._room()
+            finite = math.isfinite(float(wanted.sum()))
+            return Exact(self._matrix(wanted), self._matrix(change), {}, finite)
+        wanted, finite = self._room(), True
         sampled: dict[int, Tensor] = {}
         for start, stop in spans(self.target):
             out = wanted[start:stop]
@@ -150,7 +154,8 @@ class Repacker:
             if self._scales is not None:
                 out *= self._scales
                 sampled[start] *= self._scales
-        return Exact(wanted, None, sampled)
+            finite = finite and math.isfinite(float(out.sum()))
+        return Exact(wanted, None, sampled, finite)
 
     def part(self, start: int, stop: int, *, tiled: bool = True) -> Exact:
         """`exact`, of which at least rows start:stop are filled in; `tiled`: to the bit, from the
@@ -190,10 +195,9 @@ class Repacker:
     def chunks(self) -> Iterator[tuple[int, int]]:
         """Rows [start, stop) that are rounded together; never of two experts."""
         per = self.packed.rows // self.slabs
-        step = max(1, TILE // max(1, self.packed.columns))
         for slab in range(self.slabs):
-            for start in range(slab * per, (slab + 1) * per, step):
-                yield start, min(start + step, (slab + 1) * per)
+            for start, stop in pieces(per, self.packed.columns, TILE):
+                yield slab * per + start, slab * per + stop
 
     @property
     def slabs(self) -> int:

@@ -26,8 +26,8 @@ from peftsurgery.checkpoint.dtypes import FROM_TORCH_NAMES
 from peftsurgery.errors import UnsupportedError, UsageError
 from peftsurgery.quantizers import bits
 from peftsurgery.quantizers.books import Codebook
-from peftsurgery.quantizers.grids import Grid
-from peftsurgery.quantizers.packed import Format, Outline, Packed, found
+from peftsurgery.quantizers.grids import Grid, magnitudes
+from peftsurgery.quantizers.packed import Format, Outline, Packed, better_scales, found
 
 # Quantiles of N(0, 1) (appendix E of the paper), and a float of one sign, two exponent bits and
 # one mantissa bit over its largest value; both as bitsandbytes rounded them.
@@ -51,7 +51,6 @@ NF4_LEVELS = (
 )
 _FP4_POSITIVE = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 FP4_LEVELS = tuple(sign * level / 12.0 + 0.0 for sign in (1, -1) for level in _FP4_POSITIVE)
-PIECE = 1 << 18  # weights that are looked at together: they stay in the cache
 NESTED = 256  # values of absmax in a block of the second level
 
 
@@ -188,7 +187,7 @@ class Bits4(Format):
         book = self._book(packed)
         lacking = -flat.numel() % block
         wide = (torch.nn.functional.pad(flat, (0, lacking)) if lacking else flat).reshape(-1, block)
-        largest = torch.maximum(-wide.amin(1), wide.amax(1))
+        largest = magnitudes(wide, block)[:, 0]
         absmax = self._kept(book, wide, self._absmax(packed), largest) if packed.parts else largest
         parts = self._stored_absmax(packed, absmax)
         held = self._absmax_of(packed, parts)
@@ -201,16 +200,8 @@ class Bits4(Format):
         scale.
         """
         top = float(book.levels[-1] - book.levels[-2]) / 2  # beyond it, rounding cuts off
-        moved = ((largest > old * (1 + top / 2)) | (largest < old * (1 - top))).nonzero()[:, 0]
-        absmax = old.clone()
-        for part in moved.split(PIECE // wide.shape[1]):
-            some = wide.index_select(0, part)
-            before, after = (
-                Grid(book, scale[part, None]).near(some.clone())[1].sub_(some).square_().sum(1)
-                for scale in (old, largest)
-            )
-            absmax[part] = torch.where(after < before, largest[part], old[part])
-        return absmax
+        moved = (largest > old * (1 + top / 2)) | (largest < old * (1 - top))
+        return better_scales(wide, old, largest, moved, lambda scale: Grid(book, scale))
 
     def _absmax_of(self, packed: Packed, parts: dict[str, Tensor]) -> Tensor:
         """What stored scales stand for; those that are not there are the ones of before."""

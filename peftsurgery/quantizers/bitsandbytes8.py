@@ -16,8 +16,8 @@ from torch import Tensor
 from peftsurgery.checkpoint import Checkpoint
 from peftsurgery.errors import UnsupportedError, UsageError
 from peftsurgery.quantizers.books import Integers
-from peftsurgery.quantizers.grids import Grid
-from peftsurgery.quantizers.packed import Format, Outline, Packed, better, found
+from peftsurgery.quantizers.grids import Grid, magnitudes
+from peftsurgery.quantizers.packed import Format, Outline, Packed, better_scales, found
 
 FACTOR = 7.874015718698502e-3  # 1/127 in fp32, as bitsandbytes writes it
 
@@ -60,15 +60,15 @@ class Int8(Format):
         return self._grid(packed.whole("scale")[start:stop]), codes
 
     def _grid(self, largest: Tensor) -> Grid:
-        return Grid(self.book, largest.float()[:, None], factor=FACTOR)
+        return Grid(self.book, largest.float().reshape(-1, 1), factor=FACTOR)
 
     def fit(self, packed: Packed, matrix: Tensor) -> tuple[Grid, dict[str, Tensor]]:
-        largest = matrix.abs().amax(1)
+        largest = magnitudes(matrix, packed.columns)[:, 0]
         parts: dict[str, Tensor] = {}
         if packed.parts:
             old = packed.whole("scale").float()
-            change = better(matrix, self._grid(old), self._grid(largest))[:, 0]
-            largest = torch.where(change, largest, old)
+            moved = (largest - old).abs() > old / (2 * self.book.high)  # by half a step
+            largest = better_scales(matrix, old, largest, moved, self._grid)
         if "format" in packed.outlines:
             parts["format"] = torch.zeros(packed.outlines["format"].shape, dtype=torch.uint8)
         return self._grid(largest), {"scale": largest, **parts}

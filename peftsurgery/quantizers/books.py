@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -12,7 +14,8 @@ from peftsurgery.errors import UnsupportedError
 BUCKETS = 1 << 11  # of a lookup; finer ones where thresholds lie closer
 FINEST = 1 << 15
 FINE = 1 << 13  # buckets of the quick lookup: as many as stay in the fastest cache
-WHOLE = float(1 << 23)  # added to less than itself, it leaves a whole number in the lowest bits
+LITTLE = 2.0**-100  # in place of 0 where bits of a value hold something else: no denormal
+NEAREST_PIXEL, BORDER = 1, 1  # of torch.grid_sampler: how to look up, and what lies outside
 
 
 class Steps:
@@ -68,6 +71,7 @@ class Codebook:
     """
 
     unambiguous = False  # whether no two codes stand for one value
+    per = 1.0  # `near` takes values times this
 
     def __init__(self, table: Tensor, dtype: torch.dtype = torch.uint8) -> None:
         self.table = table.float()
@@ -84,10 +88,26 @@ class Codebook:
         self._ranked = self.dtype == torch.uint8 and bool(
             (self.codes == torch.arange(len(self.codes))).all()
         )
+        self.per = 1 / max(-self.low, self.high, 1e-30)
 
     @cached_property
     def _nearest(self) -> Steps:
         return Steps(self.middles)
+
+    @cached_property
+    def _twins(self) -> list[list[int]]:
+        """The codes of every finite value that has more than one."""
+        same: dict[float, list[int]] = {}
+        for code, value in enumerate(self.table.tolist()):
+            same.setdefault(value + 0.0, []).append(code)  # -0.0 + 0.0 is 0.0
+        return [codes for value, codes in same.items() if len(codes) > 1 and math.isfinite(value)]
+
+    def alike(self, codes: Tensor, others: Tensor) -> Tensor:
+        """Whether two codes stand for one value, of those values that have several codes."""
+        found = torch.zeros(codes.shape, dtype=torch.bool)
+        for some in self._twins:
+            found |= _among(codes, some) & _among(others, some)
+        return found
 
     @cached_property
     def _reached(self) -> Steps:
@@ -134,23 +154,31 @@ class Codebook:
         return self.codes.index_select(0, ranks.reshape(-1).int()).reshape(units.shape)
 
     @cached_property
-    def _fine(self) -> tuple[float, int, Tensor, Tensor]:
-        """(buckets per unit, bucket of 0, code, value) of `FINE` even buckets over the levels."""
-        per = (FINE - 2) / max(self.high - self.low, 1e-30)
-        zero = round(-self.low * per)
-        codes = self.nearest((torch.arange(FINE) - zero) / per)
-        return per, zero, codes, self.values(codes)
-
-    def near(self, units: Tensor) -> tuple[Tensor, Tensor]:
-        """(codes, values): of the nearest level, or of its neighbour where the value lies halfway
-        to within 1/8192 of the range; half the cost of `nearest` and `values`. For roundings that
-        see to their errors. `units` is overwritten.
+    def _fine(self) -> Tensor:
+        """Of `FINE` even buckets over -m to m, m the largest magnitude, the value of the level
+        nearest to the middle of each, with the code of that level in its lowest 8 bits.
         """
-        per, zero, codes, values = self._fine
-        places = units.mul_(per).add_(WHOLE + zero).clamp_(WHOLE, WHOLE + FINE - 1)
-        flat = places.view(torch.int32).bitwise_and_(FINE - 1).reshape(-1)
-        chosen, found = codes.index_select(0, flat), values.index_select(0, flat)
-        return chosen.reshape(units.shape), found.reshape(units.shape)
+        middles = torch.linspace(-1, 1, FINE) / self.per
+        codes = self.nearest(middles)
+        values = self.table.index_select(0, codes.int())
+        bits = torch.where(values == 0, LITTLE, values).view(torch.int32) & ~255
+        return (bits | codes.view(torch.uint8).int()).view(torch.float32).view(1, 1, 1, FINE)
+
+    def near(self, scaled: Tensor) -> tuple[Tensor, Tensor]:
+        """(codes, values) of units · `per`: of the nearest level, or of its neighbour where the
+        value lies halfway to within 1/8192 of the range; the values to within 2^-15 of themselves,
+        since one look-up gives both. For roundings that see to their errors.
+
+        The look-up is a sample, the nearest pixel, of a picture one pixel high: of all that torch
+        has the only one that scales, cuts off, rounds and looks up in one pass over memory.
+        """
+        places = scaled.view(1, *scaled.shape, 1).expand(1, *scaled.shape, 2)
+        found = torch.grid_sampler(self._fine, places, NEAREST_PIXEL, BORDER, True)[0, 0]
+        return found.view(torch.int32).to(torch.uint8).view(self.dtype), found
+
+    def near_values(self, scaled: Tensor) -> Tensor:
+        """The values of `near` alone."""
+        return self.near(scaled)[1]
 
     def between(self, units: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(lower code, upper code, share): the neighbouring levels and how far from the lower one
@@ -167,6 +195,14 @@ class Codebook:
         return low, high, share
 
 
+def _among(codes: Tensor, some: Sequence[int]) -> Tensor:
+    """Whether every code is one of a few; several times as fast as `==` with a number."""
+    held = (codes ^ some[0]).logical_not()
+    for code in some[1:]:
+        held |= (codes ^ code).logical_not()
+    return held
+
+
 class Integers(Codebook):
     """Whole numbers low … high; code = value + offset."""
 
@@ -175,7 +211,7 @@ class Integers(Codebook):
         if low + offset < -128 or high + offset > (127 if dtype == torch.int8 else 255):
             raise UnsupportedError(f"codes {low + offset} to {high + offset} do not fit a byte.")
         super().__init__(torch.arange(low, high + 1).float(), dtype)
-        self.offset = offset
+        self.offset, self.per = offset, 1.0
         self.codes = (torch.arange(low, high + 1) + offset).to(dtype)
 
     def values(self, codes: Tensor) -> Tensor:
@@ -185,9 +221,9 @@ class Integers(Codebook):
         """Halfway between two, the even one, as torch.round does."""
         return units.round().clamp_(self.low, self.high).add_(self.offset).to(self.dtype)
 
-    def near(self, units: Tensor) -> tuple[Tensor, Tensor]:
-        found = units.round_().clamp_(self.low, self.high)
-        return (found + self.offset).to(self.dtype), found
+    def near(self, scaled: Tensor) -> tuple[Tensor, Tensor]:
+        found = scaled.round_().clamp_(self.low, self.high)
+        return (found + self.offset if self.offset else found).to(self.dtype), found
 
     def between(self, units: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         lower = units.floor().clamp_(self.low, self.high - 1)
@@ -204,13 +240,56 @@ class Float8(Codebook):
     def __init__(self, dtype: torch.dtype) -> None:
         every = torch.arange(256, dtype=torch.uint8)
         super().__init__(every.view(dtype).float())
-        self.float_dtype = dtype
+        self.float_dtype, self.per = dtype, 1.0
+        above = self.levels[self.levels > 0]
+        self.least_step = float(above[0])
+        self.step_of_one = float(above[above > 1][0]) - 1  # 2^-m
+
+    def values(self, codes: Tensor) -> Tensor:
+        """By the bits of float16: E5M2 has the first eight of them, and those of E4M3 are E4M3's
+        behind one of the exponent more, which makes it 2^8 times too small; its NaN is none there.
+        """
+        if self.float_dtype == torch.float8_e5m2:
+            wide = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(8)
+            return wide.view(torch.float16).float()
+        if self.float_dtype != torch.float8_e4m3fn or codes.numel() == 0:
+            return super().values(codes)
+        if int((codes & 127).amax()) == 127:
+            return super().values(codes)
+        wide = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7)
+        return wide.bitwise_and_(~(1 << 14)).view(torch.float16).float().mul_(256)
 
     def nearest(self, units: Tensor) -> Tensor:
         """Halfway between two, the even one (IEEE 754); what is too large saturates."""
         held = units.clamp(self.low, self.high)
         return held.to(self.float_dtype).view(torch.uint8)
 
-    def near(self, units: Tensor) -> tuple[Tensor, Tensor]:
-        codes = self.nearest(units)
-        return codes, self.values(codes)
+    def near(self, scaled: Tensor) -> tuple[Tensor, Tensor]:
+        """As `nearest`, but for the sign of 0."""
+        found = self.near_values(scaled)
+        return found.to(self.float_dtype).view(torch.uint8), found
+
+    def near_values(self, scaled: Tensor) -> Tensor:
+        """The steps of fp32 numbers between 2^23 and 2^24 steps s of this grid are s: so 1.5 · 2^23
+        of them are added and taken off.
+        """
+        found = scaled.clamp_(self.low, self.high)
+        many = self._step(found).mul_(1.5 * (1 << 23))
+        return found.add_(many).sub_(many)
+
+    def _step(self, values: Tensor) -> Tensor:
+        """The step of the grid from each value away from 0: with m bits of mantissa, 2^-m of the
+        power of two of the value, and the least step there is around 0.
+        """
+        powers = values.view(torch.int32).bitwise_and(0xFF << 23).view(torch.float32)
+        return powers.mul_(self.step_of_one).clamp_(min=self.least_step)
+
+    def between(self, units: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Without a search: whole steps are counted, downwards."""
+        held = units.clamp(self.low, self.high)
+        step = self._step(held)
+        lower = torch.div(held, step).floor_().mul_(step).add_(0.0)  # some have no -0
+        lower.clamp_(max=float(self.levels[-2]))
+        upper = lower + step
+        low, high = (v.to(self.float_dtype).view(torch.uint8) for v in (lower, upper))
+        return low, high, held.sub_(lower).div_(step)

@@ -14,7 +14,7 @@ from peftsurgery.checkpoint.dtypes import torch_dtype
 from peftsurgery.errors import UnsupportedError, UsageError
 from peftsurgery.quantizers.books import Float8
 from peftsurgery.quantizers.grids import Grid
-from peftsurgery.quantizers.packed import Format, Outline, Packed, found
+from peftsurgery.quantizers.packed import Format, Outline, Packed, better_scales, found
 from peftsurgery.quantizers.tiles import Tiles, tiled
 
 FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
@@ -119,16 +119,31 @@ class ScaledFloat8(Format, abc.ABC):
         scales = scales_of(as_stored(scales, outline.dtype))
         if packed.parts:
             old = self._scales(packed)
-            # less than half of the outermost step cuts nothing off, and floats need no more
-            moved = (scales - old).abs() > old.abs() * (1 - float(held.levels[-2]) / held.high) / 2
-            before, after = (
-                tiles.error(matrix, self._grid(packed, some, 0, len(matrix)), moved)
-                for some in (old, scales)
-            )
-            scales = torch.where(moved & (after < before), scales, old)
-        kept = {role: packed.whole(role) for role in packed.parts if role.startswith(KEPT)}
+            # less than half of the outermost step cuts nothing off; down to half, floats are as
+            # good
+            top = (1 - float(held.levels[-2]) / held.high) / 2
+            moved = (scales > old * (1 + top)) | (scales <= old / 2)
+            scales = self._better(packed, matrix, old, scales, moved)
+        others = {role: packed.whole(role) for role in packed.parts if role.startswith(KEPT)}
         stored = as_stored(scales, outline.dtype).reshape(outline.shape)
-        return self._grid(packed, scales, 0, len(matrix)), {"scale": stored, **kept}
+        return self._grid(packed, scales, 0, len(matrix)), {"scale": stored, **others}
+
+    def _better(
+        self, packed: Packed, matrix: Tensor, old: Tensor, new: Tensor, moved: Tensor
+    ) -> Tensor:
+        """Scales of the tiles: the old ones, but of those that `moved` the new ones where they
+        round with less squared error.
+        """
+        tiles = _tiles(packed)
+        if tiles.height == 1 and tiles.across == 1:
+            levels = book(packed.outlines["weight"].dtype)
+            flat = (old[:, 0], new[:, 0], moved[:, 0])
+            return better_scales(matrix, *flat, lambda scale: Grid(levels, scale))[:, None]
+        before, after = (
+            tiles.error(matrix, self._grid(packed, some, 0, len(matrix)), moved)
+            for some in (old, new)
+        )
+        return torch.where(moved & (after < before), new, old)
 
     def _powers(self, packed: Packed) -> bool:
         told = packed.fields.get("powers")

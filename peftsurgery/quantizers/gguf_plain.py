@@ -52,6 +52,9 @@ class Floats(Codebook):
         found = codes.view(self.float_dtype).float()
         return found + self.shift if self.shift else found
 
+    def alike(self, codes: Tensor, others: Tensor) -> Tensor:
+        return self.values(codes) == self.values(others)
+
     def nearest(self, units: Tensor) -> Tensor:
         """Halfway between two, the even one. CheckFailed for a value that does not fit."""
         found = (units - self.shift if self.shift else units).to(self.float_dtype)

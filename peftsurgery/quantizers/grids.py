@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -10,6 +10,15 @@ import torch
 from torch import Tensor
 
 from peftsurgery.quantizers.books import Codebook
+
+PIECE = 1 << 18  # weights that are worked on together: what is made of them stays in the cache
+
+
+def pieces(rows: int, columns: int, size: int = PIECE) -> Iterator[tuple[int, int]]:
+    """Rows [start, stop), about `size` weights at a time."""
+    step = max(1, size // max(1, columns))
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
 
 
 @dataclass(frozen=True)
@@ -42,51 +51,54 @@ class Grid:
         wide = values[:, first:last].repeat_interleave(self.group, 1)
         return wide[:, start - first * self.group : stop - first * self.group]
 
-    def _beside(self, weight: Tensor, values: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Weights (rows, n), the columns from `start` on, and what is constant over their groups,
-        in shapes that go together: whole groups side by side, else the values spread.
+    def _beside(
+        self, weight: Tensor, values: Tensor, start: int, first: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Weights (rows, n), the rows from `first` and the columns from `start` on, and what is
+        constant over their groups, in shapes that go together: whole groups side by side, else the
+        values spread.
         """
-        stop = start + weight.shape[1]
+        stop, rows = start + weight.shape[1], weight.shape[0]
+        if values.shape[0] > rows:
+            values = values[first : first + rows]
         whole = self.group > 1 and start % self.group == 0 and stop % self.group == 0
         if whole and self.order is None and values.shape[1] > 1 and stop > start:
             cut = values[:, start // self.group : stop // self.group, None]
-            return weight.view(len(weight), cut.shape[1], self.group), cut
+            return weight.view(rows, cut.shape[1], self.group), cut
         return weight, self.spread(values, start, stop)
 
     def values(self, codes: Tensor, start: int = 0) -> Tensor:
         """fp32 weights of codes (rows, n), the columns from `start` on."""
         return self.placed(self.book.values(codes), start)
 
-    def placed(self, found: Tensor, start: int = 0) -> Tensor:
-        """Values of the book (rows, n), overwritten by those of the weight."""
+    def placed(self, found: Tensor, start: int = 0, first: int = 0) -> Tensor:
+        """Values of the book (rows, n), overwritten by those of the weight; rows from `first` on
+        where there are more.
+        """
         if self.zero is not None:
-            part, zero = self._beside(found, self.zero, start)
+            part, zero = self._beside(found, self.zero, start, first)
             part -= zero
-        part, scale = self._beside(found, self.scale, start)
+        part, scale = self._beside(found, self.scale, start, first)
         part *= scale
         if self.factor != 1:
             found *= self.factor
         if self.shift is not None:
-            part, shift = self._beside(found, self.shift, start)
+            part, shift = self._beside(found, self.shift, start, first)
             part += shift
         return found
 
     def units(self, weight: Tensor, start: int = 0) -> Tensor:
         """(w - shift) / scale + zero of weights (rows, n); 0 + zero where the scale is 0."""
-        return self._units(weight, start, torch.empty_like(weight))
-
-    def _units(self, weight: Tensor, start: int, out: Tensor) -> Tensor:
-        """`units`, written to `out`, which may be the weight."""
+        found = torch.empty(weight.shape)
         if self.shift is not None:
             part, shift = self._beside(weight, self.shift, start)
-            torch.sub(part, shift, out=part if out is weight else out.view(part.shape))
-            weight = out
+            weight = torch.sub(part, shift, out=found.view(part.shape)).view(weight.shape)
         part, divisor = self._beside(weight, self._divisor, start)
-        torch.div(part, divisor, out=part if out is weight else out.view(part.shape))
+        torch.div(part, divisor, out=found.view(part.shape))
         if self.zero is not None:
-            part, zero = self._beside(out, self.zero, start)
+            part, zero = self._beside(found, self.zero, start)
             part += zero
-        return out
+        return found
 
     @cached_property
     def _divisor(self) -> Tensor:
@@ -94,16 +106,45 @@ class Grid:
         scale = self.scale * self.factor if self.factor != 1 else self.scale
         return torch.where(scale == 0, torch.inf, scale)
 
-    def near(self, weight: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
-        """Codes and their values, of the nearest as `Codebook.near` knows them; the weight is
-        overwritten.
+    @cached_property
+    def _multiplier(self) -> Tensor:
+        """What `errors` multiplies by instead: the book's `per` over that."""
+        return self.book.per / self._divisor
+
+    def errors(
+        self,
+        given: Tensor,
+        moved: Tensor,
+        codes: Tensor | None = None,
+        start: int = 0,
+        first: int = 0,
+    ) -> Tensor:
+        """given - q of weights (rows, n), the rows from `first` and the columns from `start` on: q
+        the values nearest to `moved` as `Codebook.near` knows them, whose codes go to `codes`.
         """
-        codes, found = self.book.near(self._units(weight, start, weight))
-        return codes, self.placed(found, start)
+        if self.shift is not None:
+            part, shift = self._beside(moved, self.shift, start, first)
+            moved = torch.sub(part, shift).view(moved.shape)
+        part, factor = self._beside(moved, self._multiplier, start, first)
+        scaled = torch.mul(part, factor).view(moved.shape)
+        if self.zero is not None:
+            part, zero = self._beside(scaled, self.zero, start, first)
+            part.add_(zero, alpha=self.book.per)
+        if codes is None:
+            found = self.book.near_values(scaled)
+        else:
+            chosen, found = self.book.near(scaled)
+            codes.copy_(chosen)
+        return torch.sub(given, self.placed(found, start, first), out=found)
 
     def nearest(self, weight: Tensor, start: int = 0) -> Tensor:
         """Codes of the nearest values."""
-        return self.book.nearest(self.units(weight, start))
+        if weight.numel() <= PIECE:
+            return self.book.nearest(self.units(weight, start))
+        codes = torch.empty(weight.shape, dtype=self.book.dtype)
+        for first, last in pieces(*weight.shape):
+            codes[first:last] = self.rows(first, last).nearest(weight[first:last], start)
+        return codes
 
     def outside(self, weight: Tensor) -> float:
         """The share of weights (rows, columns) beyond the outermost values by more than half of
@@ -167,8 +208,18 @@ def extremes(
     lacking = -columns % group
     if lacking:  # the last value once more changes neither
         weight = torch.cat((weight, weight[:, -1:].expand(rows, lacking)), 1)
-    wide = weight.reshape(rows, -1, group)
-    return wide.amin(2), wide.amax(2)  # several times as fast as aminmax
+    found = weight.new_empty(2, rows, weight.shape[1] // group)
+    for start, stop in pieces(*weight.shape):
+        wide = weight[start:stop].reshape(stop - start, -1, group)
+        torch.amin(wide, 2, out=found[0, start:stop])  # several times as fast as aminmax
+        torch.amax(wide, 2, out=found[1, start:stop])
+    return found[0], found[1]
+
+
+def magnitudes(weight: Tensor, group: int) -> Tensor:
+    """The largest magnitude of every group, (rows, groups), without a copy as abs makes."""
+    least, greatest = extremes(weight, group)
+    return torch.maximum(least.neg_(), greatest)
 
 
 # (weight, grid, codes it had) -> codes
@@ -182,12 +233,20 @@ def nearest(weight: Tensor, grid: Grid, previous: Tensor | None = None) -> Tenso
     found = grid.nearest(weight)
     if previous is None or (grid.book.unambiguous and bool((grid.scale != 0).all())):
         return found
-    return keep_equal(found, previous, grid)
+    for start, stop in pieces(*weight.shape):
+        rows = slice(start, stop)
+        found[rows] = keep_equal(found[rows], previous[rows], grid.rows(start, stop))
+    return found
 
 
 def keep_equal(found: Tensor, previous: Tensor, grid: Grid) -> Tensor:
     """Codes with those of `previous` where both stand for the same value (±0, a scale of 0)."""
-    same = grid.book.values(found) == grid.book.values(previous)
+    found = _taken(found, previous, grid.book.alike(found, previous))
     if not bool(grid.scale.all()):
-        same |= grid.spread(grid.scale == 0, 0, found.shape[1])
-    return torch.where(same, previous, found)
+        found = torch.where(grid.spread(grid.scale == 0, 0, found.shape[1]), previous, found)
+    return found
+
+
+def _taken(codes: Tensor, others: Tensor, where: Tensor) -> Tensor:
+    """`others` where that is 1, else the codes; several times as fast as torch.where."""
+    return (others - codes).mul_(where).add_(codes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -15,7 +15,9 @@ from torch import Tensor
 from peftsurgery.checkpoint import Checkpoint, LazyTensor
 from peftsurgery.checkpoint.writing import as_bytes
 from peftsurgery.errors import UnsupportedError, UsageError
-from peftsurgery.quantizers.grids import Grid, Rounding, nearest
+from peftsurgery.quantizers.grids import PIECE, Grid, Rounding, nearest, pieces
+
+LOOKED_UP = 1e-4  # of a weight: more than `Grid.errors` may be off
 
 
 @dataclass(frozen=True)
@@ -230,11 +232,35 @@ def better(matrix: Tensor, old: Grid, new: Grid) -> Tensor:
     """Whether, group by group (rows, groups), the new scales round a matrix with less squared
     error than the old ones.
     """
-    errors = []
-    for grid in (old, new):
-        error = grid.values(grid.nearest(matrix)).sub_(matrix).square_()
-        errors.append(grid.grouped(error))
-    return errors[1] < errors[0]
+    found = []
+    for start, stop in pieces(*matrix.shape):
+        part = matrix[start:stop]
+        errors = []
+        for grid in (old.rows(start, stop), new.rows(start, stop)):
+            error = grid.values(grid.nearest(part)).sub_(part).square_()
+            errors.append(grid.grouped(error))
+        found.append(errors[1] < errors[0])
+    return torch.cat(found)
+
+
+def better_scales(
+    matrix: Tensor, old: Tensor, new: Tensor, moved: Tensor, grid: Callable[[Tensor], Grid]
+) -> Tensor:
+    """One scale for every row of a matrix, (rows,): the old one, but of rows that `moved` the new
+    one where that rounds them with less squared error. grid: of scales (n, 1).
+    """
+    scales = old.clone()
+    moving = moved.nonzero()[:, 0]
+    for part in moving.split(max(1, PIECE // matrix.shape[1])) if len(moving) else ():
+        first, last = int(part[0]), int(part[-1]) + 1
+        neighbours = len(part) == last - first
+        some = matrix[first:last] if neighbours else matrix.index_select(0, part)
+        before, after = (
+            grid(scale[part, None]).errors(some, some).norm(dim=1) for scale in (old, new)
+        )
+        least = some.norm(dim=1) * LOOKED_UP
+        scales[part] = torch.where(after + least < before, new[part], old[part])
+    return scales
 
 
 class PackedTensor(LazyTensor):

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftsurgery.quantizers.grids import Grid
+from peftsurgery.quantizers.grids import PIECE, Grid, magnitudes
 
-PIECE = 1 << 20  # elements that are looked at together
 USUAL = 128  # the height and width of tiles where neither a config nor the shapes tell them
 
 
@@ -56,8 +55,7 @@ class Tiles:
         """The largest magnitude in every tile."""
         lacking = -self.columns % self.width
         wide = torch.nn.functional.pad(matrix, (0, lacking)) if lacking else matrix
-        by_tile = wide.reshape(matrix.shape[0], self.across, self.width)
-        by_row = torch.maximum(-by_tile.amin(2), by_tile.amax(2))  # no copy of all, as abs makes
+        by_row = magnitudes(wide, self.width)
         if self.height == 1:
             return by_row
         found = by_row.new_zeros(self.stack * self.down, self.across)
@@ -75,7 +73,7 @@ class Tiles:
         found = matrix.new_zeros(self.stack * self.down, self.across)
         for some in rows.split(max(1, PIECE // self.columns)):
             part, near = matrix.index_select(0, some), grid.picked(some)
-            error = near.values(near.nearest(part)).sub_(part).square_()
+            error = near.errors(part, part).square_()
             found.index_add_(0, place.index_select(0, some), near.grouped(error))
         return found
 

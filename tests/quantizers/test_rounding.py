@@ -10,6 +10,7 @@ from peftsurgery.errors import UsageError
 from peftsurgery.quantizers.bitsandbytes4 import NF4_LEVELS
 from peftsurgery.quantizers.books import Codebook, Float8, Integers
 from peftsurgery.quantizers.grids import Grid, nearest
+from peftsurgery.quantizers.packed import better_scales
 from peftsurgery.quantizers.rounding import blocks, feedback, feedback_factor, stochastic, subspace
 
 BOOKS = {
@@ -80,15 +81,74 @@ def test_the_quick_nearest_is_as_near_as_the_nearest(
     zero = torch.randn(5, count, generator=random) if shifted else None
     grid = Grid(book, scale, zero, zero, group=group, factor=0.75)
     weight = grid.placed(values_between(book, 5 * 48, 10).reshape(5, 48))
-    codes, values = grid.near(weight.clone())
-    assert torch.equal(values, grid.values(codes))
+    codes = torch.empty(weight.shape, dtype=book.dtype)
+    given = torch.randn(5, 48, generator=random)
+    errors = grid.errors(given, weight, codes)
+    values = grid.values(codes)
+    looked_up = book.values(codes).abs() * scale.max() * 2**-15
+    if isinstance(book, Integers | Float8):  # which are not looked up
+        looked_up.zero_()
+    assert bool(((given - values - errors).abs() <= looked_up).all())
+    assert torch.equal(grid.errors(given, weight), errors)
     best = (grid.values(grid.nearest(weight)) - weight).abs()
     span = (min(book.high, 500.0) - max(book.low, -500.0)) * float(scale.max())
     assert bool(((values - weight).abs() <= best + span / 4096).all())
     for start, stop in ((0, 16), (16, 48), (5, 37)):
-        part, found = grid.near(weight[:, start:stop].clone(), start)
-        assert torch.equal(part, codes[:, start:stop])
-        assert torch.equal(found, values[:, start:stop])
+        part = torch.empty(2, stop - start, dtype=book.dtype)
+        columns, rows = slice(start, stop), slice(2, 4)
+        found = grid.errors(given[rows, columns], weight[rows, columns], part, start, 2)
+        assert torch.equal(part, codes[rows, columns])
+        assert torch.equal(found, errors[rows, columns])
+
+
+FLOATS = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_eight_bit_floats_are_those_of_torch(name: str) -> None:
+    dtype = getattr(torch, name)
+    book, every = Float8(dtype), torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(
+        book.values(every).nan_to_num(7e7), every.view(dtype).float().nan_to_num(7e7)
+    )
+    few = every[torch.isfinite(book.table)]  # without a NaN they are found another way
+    assert torch.equal(book.values(few), few.view(dtype).float())
+    levels = book.levels
+    between = torch.cat((levels, book.middles, book.middles.nextafter(levels[1:])))
+    units = torch.cat((between, values_between(book, 4000, 5), torch.tensor([1e9, -1e9, -1e-30])))
+    assert torch.equal(book.near_values(units.clone()), book.values(book.nearest(units)))
+    codes, values = book.near(units.clone())
+    assert torch.equal(book.values(codes), values)
+    lower, upper, share = book.between(units)
+    low, high = book.values(lower), book.values(upper)
+    place = torch.searchsorted(levels, low)
+    assert torch.equal(levels[place], low)
+    inside = (share > 0) & (share < 1)
+    assert torch.equal(levels[place + 1][inside], high[inside])
+
+
+def test_codes_of_one_value_are_alike() -> None:
+    book = Codebook(torch.tensor([0.0, 1.0, -0.0, 1.0, torch.nan, torch.inf, torch.inf, 2.0]))
+    codes = torch.arange(8, dtype=torch.uint8)
+    found = book.alike(codes[:, None].expand(8, 8), codes.expand(8, 8).contiguous())
+    same = [(0, 2), (2, 0), (1, 3), (3, 1), (0, 0), (2, 2), (1, 1), (3, 3)]
+    assert sorted(map(tuple, found.nonzero().tolist())) == sorted(same)
+
+
+def test_scales_change_only_where_that_rounds_better() -> None:
+    random = torch.Generator().manual_seed(12)
+    book = BOOKS["int8"]
+    matrix = torch.randn(3000, 100, generator=random)  # of several pieces
+    old = matrix.abs().amax(1) / 127
+    matrix[7] *= 3
+    matrix[9] = 0
+    held = Grid(book, old[:, None]).values(torch.full((3000, 100), 100, dtype=torch.int8))
+    matrix[11] = held[11]  # on its grid, and on that of the new scale
+    new = matrix.abs().amax(1) / 127
+    found = better_scales(matrix, old, new, old != new, lambda scale: Grid(book, scale))
+    changed = (found != old).nonzero()[:, 0]
+    assert changed.tolist() == [7]
+    assert float(found[7]) == float(new[7])
 
 
 @pytest.mark.parametrize(("columns", "group"), [(64, 16), (50, 16), (7, 1), (33, 64)])
