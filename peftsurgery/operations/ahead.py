@@ -10,17 +10,21 @@ from typing import Generic, TypeVar
 from peftsurgery.operations.staging import thread_count, workers
 
 Result = TypeVar("Result")
+WAITING = 4
 
 
 class Ahead(Generic[Result]):
-    """`make(name)` for every name, in the order given and before it is asked for: as many as there
-    are threads, since each takes the memory of a whole tensor. Taken in any order.
+    """`make(name)` for every name, in the order given and before it is asked for, by every thread
+    there is. Taken in any order. waiting: results that may be finished and not taken, so that no
+    thread rests while another one makes what is asked for.
     """
 
-    def __init__(self, names: Sequence[str], make: Callable[[str], Result]) -> None:
+    def __init__(
+        self, names: Sequence[str], make: Callable[[str], Result], *, waiting: int = WAITING
+    ) -> None:
         self._make = make
         self._names = dict.fromkeys(names)
-        self._count = thread_count()
+        self._count = thread_count() + waiting
         self._jobs: dict[str, Future[Result]] = {}
         self._exit = contextlib.ExitStack()
 

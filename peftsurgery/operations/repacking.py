@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 
 from peftsurgery.checkpoint.writing import as_bytes
-from peftsurgery.operations.ahead import Ahead
+from peftsurgery.operations.ahead import WAITING, Ahead
 from peftsurgery.operations.apply import Scratch, Settings
 from peftsurgery.operations.plan import Target
 from peftsurgery.operations.requantizing import Order, Repacked, Repacker
@@ -38,7 +38,10 @@ class Repacking:
         self._exit = contextlib.ExitStack()
 
     def __enter__(self) -> Repacking:
-        self._ahead = self._exit.enter_context(Ahead(list(self.targets), self._make))
+        # with `lost` a result holds its weight twice in fp32, without it the packed parts alone
+        waiting = WAITING if self.lost is None else 0
+        ahead = Ahead(list(self.targets), self._make, waiting=waiting)
+        self._ahead = self._exit.enter_context(ahead)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -27,7 +27,7 @@ from peftsurgery.errors import UnsupportedError, UsageError
 from peftsurgery.quantizers import bits
 from peftsurgery.quantizers.books import Codebook
 from peftsurgery.quantizers.grids import Grid, magnitudes
-from peftsurgery.quantizers.packed import Format, Outline, Packed, better_scales, found
+from peftsurgery.quantizers.packed import Format, Outline, Packed, found
 
 # Quantiles of N(0, 1) (appendix E of the paper), and a float of one sign, two exponent bits and
 # one mantissa bit over its largest value; both as bitsandbytes rounded them.
@@ -188,20 +188,20 @@ class Bits4(Format):
         lacking = -flat.numel() % block
         wide = (torch.nn.functional.pad(flat, (0, lacking)) if lacking else flat).reshape(-1, block)
         largest = magnitudes(wide, block)[:, 0]
-        absmax = self._kept(book, wide, self._absmax(packed), largest) if packed.parts else largest
+        absmax = self._kept(book, self._absmax(packed), largest) if packed.parts else largest
         parts = self._stored_absmax(packed, absmax)
         held = self._absmax_of(packed, parts)
         return self._grid(packed, book, held, 0, flat.numel() // columns), parts
 
     @staticmethod
-    def _kept(book: Codebook, wide: Tensor, old: Tensor, largest: Tensor) -> Tensor:
-        """absmax of every block (blocks, block): the old one, unless the largest value has moved
-        far from it (up by a quarter of the outermost step, or down by half of it) and is the better
-        scale.
+    def _kept(book: Codebook, old: Tensor, largest: Tensor) -> Tensor:
+        """absmax of every block: the old one, unless the largest value has moved by more than half
+        of the outermost step, so that rounding would cut off more of it than of others. Which of
+        two scales that close rounds a block better is chance.
         """
-        top = float(book.levels[-1] - book.levels[-2]) / 2  # beyond it, rounding cuts off
-        moved = (largest > old * (1 + top / 2)) | (largest < old * (1 - top))
-        return better_scales(wide, old, largest, moved, lambda scale: Grid(book, scale))
+        half = float(book.levels[-1] - book.levels[-2]) / 2
+        moved = (largest > old * (1 + half)) | (largest < old * (1 - half))
+        return torch.where(moved, largest, old)
 
     def _absmax_of(self, packed: Packed, parts: dict[str, Tensor]) -> Tensor:
         """What stored scales stand for; those that are not there are the ones of before."""

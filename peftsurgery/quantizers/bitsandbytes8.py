@@ -67,7 +67,9 @@ class Int8(Format):
         parts: dict[str, Tensor] = {}
         if packed.parts:
             old = packed.whole("scale").float()
-            moved = (largest - old).abs() > old / (2 * self.book.high)  # by half a step
+            # by a step up, where that is cut off; by five down, where the grid is too wide
+            step = old / self.book.high
+            moved = (largest > old + step) | (largest < old - 5 * step)
             largest = better_scales(matrix, old, largest, moved, self._grid)
         if "format" in packed.outlines:
             parts["format"] = torch.zeros(packed.outlines["format"].shape, dtype=torch.uint8)

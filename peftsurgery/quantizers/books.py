@@ -164,21 +164,19 @@ class Codebook:
         bits = torch.where(values == 0, LITTLE, values).view(torch.int32) & ~255
         return (bits | codes.view(torch.uint8).int()).view(torch.float32).view(1, 1, 1, FINE)
 
-    def near(self, scaled: Tensor) -> tuple[Tensor, Tensor]:
-        """(codes, values) of units · `per`: of the nearest level, or of its neighbour where the
-        value lies halfway to within 1/8192 of the range; the values to within 2^-15 of themselves,
-        since one look-up gives both. For roundings that see to their errors.
+    def near(self, scaled: Tensor, codes: Tensor | None = None) -> Tensor:
+        """Values, and into `codes` the codes, of units · `per`: of the nearest level, or of its
+        neighbour where the value lies halfway to within 1/8192 of the range; the values to within
+        2^-15 of themselves, since one look-up gives both. For roundings that see to their errors.
 
         The look-up is a sample, the nearest pixel, of a picture one pixel high: of all that torch
         has the only one that scales, cuts off, rounds and looks up in one pass over memory.
         """
         places = scaled.view(1, *scaled.shape, 1).expand(1, *scaled.shape, 2)
         found = torch.grid_sampler(self._fine, places, NEAREST_PIXEL, BORDER, True)[0, 0]
-        return found.view(torch.int32).to(torch.uint8).view(self.dtype), found
-
-    def near_values(self, scaled: Tensor) -> Tensor:
-        """The values of `near` alone."""
-        return self.near(scaled)[1]
+        if codes is not None:
+            codes.copy_(found.view(torch.int32))  # of which the lowest eight bits fit
+        return found
 
     def between(self, units: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(lower code, upper code, share): the neighbouring levels and how far from the lower one
@@ -221,9 +219,11 @@ class Integers(Codebook):
         """Halfway between two, the even one, as torch.round does."""
         return units.round().clamp_(self.low, self.high).add_(self.offset).to(self.dtype)
 
-    def near(self, scaled: Tensor) -> tuple[Tensor, Tensor]:
+    def near(self, scaled: Tensor, codes: Tensor | None = None) -> Tensor:
         found = scaled.round_().clamp_(self.low, self.high)
-        return (found + self.offset if self.offset else found).to(self.dtype), found
+        if codes is not None:
+            codes.copy_(found + self.offset if self.offset else found)
+        return found
 
     def between(self, units: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         lower = units.floor().clamp_(self.low, self.high - 1)
@@ -264,18 +264,16 @@ class Float8(Codebook):
         held = units.clamp(self.low, self.high)
         return held.to(self.float_dtype).view(torch.uint8)
 
-    def near(self, scaled: Tensor) -> tuple[Tensor, Tensor]:
-        """As `nearest`, but for the sign of 0."""
-        found = self.near_values(scaled)
-        return found.to(self.float_dtype).view(torch.uint8), found
-
-    def near_values(self, scaled: Tensor) -> Tensor:
-        """The steps of fp32 numbers between 2^23 and 2^24 steps s of this grid are s: so 1.5 · 2^23
-        of them are added and taken off.
+    def near(self, scaled: Tensor, codes: Tensor | None = None) -> Tensor:
+        """As `nearest`, but for the sign of 0: the steps of fp32 numbers between 2^23 and 2^24
+        steps s of this grid are s, so 1.5 · 2^23 of them are added and taken off.
         """
         found = scaled.clamp_(self.low, self.high)
         many = self._step(found).mul_(1.5 * (1 << 23))
-        return found.add_(many).sub_(many)
+        found.add_(many).sub_(many)
+        if codes is not None:
+            codes.copy_(found.to(self.float_dtype).view(torch.uint8))
+        return found
 
     def _step(self, values: Tensor) -> Tensor:
         """The step of the grid from each value away from 0: with m bits of mantissa, 2^-m of the

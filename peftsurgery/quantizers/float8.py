@@ -119,9 +119,8 @@ class ScaledFloat8(Format, abc.ABC):
         scales = scales_of(as_stored(scales, outline.dtype))
         if packed.parts:
             old = self._scales(packed)
-            # less than half of the outermost step cuts nothing off; down to half, floats are as
-            # good
-            top = (1 - float(held.levels[-2]) / held.high) / 2
+            # up to the outermost step little is cut off; down to half, floats are as good
+            top = 1 - float(held.levels[-2]) / held.high
             moved = (scales > old * (1 + top)) | (scales <= old / 2)
             scales = self._better(packed, matrix, old, scales, moved)
         others = {role: packed.whole(role) for role in packed.parts if role.startswith(KEPT)}

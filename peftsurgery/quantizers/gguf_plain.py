@@ -44,9 +44,11 @@ class Floats(Codebook):
     def reach(self) -> tuple[float, float]:
         return self.low, self.high
 
-    def near(self, units: Tensor) -> tuple[Tensor, Tensor]:
-        codes = self.nearest(units)
-        return codes, self.values(codes)
+    def near(self, scaled: Tensor, codes: Tensor | None = None) -> Tensor:
+        chosen = self.nearest(scaled)
+        if codes is not None:
+            codes.copy_(chosen)
+        return self.values(chosen)
 
     def values(self, codes: Tensor) -> Tensor:
         found = codes.view(self.float_dtype).float()

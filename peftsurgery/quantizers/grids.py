@@ -130,11 +130,7 @@ class Grid:
         if self.zero is not None:
             part, zero = self._beside(scaled, self.zero, start, first)
             part.add_(zero, alpha=self.book.per)
-        if codes is None:
-            found = self.book.near_values(scaled)
-        else:
-            chosen, found = self.book.near(scaled)
-            codes.copy_(chosen)
+        found = self.book.near(scaled, codes)
         return torch.sub(given, self.placed(found, start, first), out=found)
 
     def nearest(self, weight: Tensor, start: int = 0) -> Tensor:

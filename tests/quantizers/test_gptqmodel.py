@@ -17,7 +17,7 @@ from tests.quantizers.integer_files import check_merged, check_rows, check_uncha
 PACKED = Path(__file__).parents[2] / "fixtures" / "packed" / "gptqmodel.safetensors"
 NAME = "model.layers.0.mlp.down_proj"
 with safe_open(PACKED, framework="pt") as file:
-    CONFIGS = {case: json.loads(text) for case, text in file.metadata().items()}
+    CONFIGS = {case: json.loads(text) for case, text in sorted(file.metadata().items())}
     TENSORS = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 

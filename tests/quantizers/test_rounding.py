@@ -116,8 +116,9 @@ def test_eight_bit_floats_are_those_of_torch(name: str) -> None:
     levels = book.levels
     between = torch.cat((levels, book.middles, book.middles.nextafter(levels[1:])))
     units = torch.cat((between, values_between(book, 4000, 5), torch.tensor([1e9, -1e9, -1e-30])))
-    assert torch.equal(book.near_values(units.clone()), book.values(book.nearest(units)))
-    codes, values = book.near(units.clone())
+    assert torch.equal(book.near(units.clone()), book.values(book.nearest(units)))
+    codes = torch.empty(len(units), dtype=torch.uint8)
+    values = book.near(units.clone(), codes)
     assert torch.equal(book.values(codes), values)
     lower, upper, share = book.between(units)
     low, high = book.values(lower), book.values(upper)
