@@ -195,12 +195,12 @@ class Bits4(Format):
 
     @staticmethod
     def _kept(book: Codebook, old: Tensor, largest: Tensor) -> Tensor:
-        """absmax of every block: the old one, unless the largest value has moved by more than half
-        of the outermost step, so that rounding would cut off more of it than of others. Which of
-        two scales that close rounds a block better is chance.
+        """absmax of every block: the old one, unless the largest value has moved far from it: up by a
+        quarter of the outermost step, so that values are cut off, or down by half of it. Which of
+        two closer scales rounds a block better is chance.
         """
         half = float(book.levels[-1] - book.levels[-2]) / 2
-        moved = (largest > old * (1 + half)) | (largest < old * (1 - half))
+        moved = (largest > old * (1 + half / 2)) | (largest < old * (1 - half))
         return torch.where(moved, largest, old)
 
     def _absmax_of(self, packed: Packed, parts: dict[str, Tensor]) -> Tensor:
