@@ -240,7 +240,8 @@ def _polished(matrix: Tensor) -> Tensor:
     upper, failed = torch.linalg.cholesky_ex(wide.T @ wide, upper=True)
     if int(failed):
         return torch.linalg.qr(matrix).Q
-    return torch.linalg.solve_triangular(upper, wide, upper=True, left=False).float()
+    unit = torch.eye(len(upper), dtype=upper.dtype)
+    return matrix @ torch.linalg.solve_triangular(upper, unit, upper=True).float()
 
 
 def _without(block: Tensor, known: list[Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ with noise of a third of its norm upon it, whose spectrum has no gap anywhere. R
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -70,6 +71,7 @@ def extract(quick: bool) -> None:
     folder = Path(tempfile.mkdtemp(prefix="linalg-extract-"))
     try:
         make(folder, layers)
+        os.sync()  # or the disk is at it while the command runs
         report = folder / "report.json"
         command = [sys.executable, "-m", "peftsurgery", "extract", str(folder / "tuned")]
         command += [str(folder / "base"), "-o", str(folder / "out"), "--rank", str(RANK)]
