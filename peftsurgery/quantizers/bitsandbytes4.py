@@ -195,7 +195,7 @@ class Bits4(Format):
 
     @staticmethod
     def _kept(book: Codebook, old: Tensor, largest: Tensor) -> Tensor:
-        """absmax of every block: the old one, unless the largest value has moved far from it: up by a
+        """absmax of every block: the old one, unless the largest value moved far from it: up by a
         quarter of the outermost step, so that values are cut off, or down by half of it. Which of
         two closer scales rounds a block better is chance.
         """
