@@ -38,6 +38,14 @@ class RowTiles(Protocol):
         ...
 
 
+def whole(source: RowTiles) -> Tensor:
+    """All rows of a matrix (o, n), fp32."""
+    matrix = torch.empty(source.matrix_shape)
+    for _ in source.tiles(matrix):
+        pass
+    return matrix
+
+
 class KrylovSpace:
     """Orthonormal columns X (n, d) that span the space so far, and M X (o, d), kept.
 
@@ -59,7 +67,8 @@ class KrylovSpace:
         self._metric = torch.zeros(0, 0, dtype=torch.float64)  # NᵀN
         self.values = torch.zeros(0, dtype=torch.float64)
         self._turn = self._gram
-        self._residuals: dict[int, tuple[Tensor, Tensor]] = {}  # since the last step, by rank
+        # since the last step, by rank
+        self._residuals: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         root = math.sqrt(self.total)
         self._unit = root if root and not SQUARABLE[0] < root < SQUARABLE[1] else 1.0
 
@@ -109,11 +118,9 @@ class KrylovSpace:
         """Take in the `width` directions of MᵀM X in which the leading Ritz vectors' residuals
         R = N C Z are longest, the leading left singular vectors of R; the others stay outside.
         """
-        squares, vectors = self._residual(rank)
+        turn, squares, vectors = self._residual(rank)
         width = min(width, int((squares > LOST**2 * squares[-1]).sum()))
-        longest = (
-            self._coupling @ self._turn[:, :rank] @ vectors[:, -width:] / squares[-width:].sqrt()
-        )
+        longest = turn @ vectors[:, -width:] / squares[-width:].sqrt()
         block = _polished(_without(self._outside @ longest.float(), self._bases))
         self._outside.addmm_(block, block.T @ self._outside, alpha=-1)
         self._bases.append(block)
@@ -137,7 +144,7 @@ class KrylovSpace:
         what is left when `grow_narrow` has taken them in.
         """
         k = min(rank, self.dimension)
-        squares, vectors = self._residual(k)
+        _, squares, vectors = self._residual(k)
         lengths = squares.clamp_min(0).sqrt()
         lengths[k - without :] = 0
         root = (vectors * lengths) @ vectors.T
@@ -149,13 +156,14 @@ class KrylovSpace:
 
     def residual(self, rank: int) -> float:
         """||MᵀM Z - Z Θ||_F of the leading Ritz vectors."""
-        return math.sqrt(float(self._residual(rank)[0].clamp_min(0).sum()))
+        return math.sqrt(float(self._residual(rank)[1].clamp_min(0).sum()))
 
-    def _residual(self, rank: int) -> tuple[Tensor, Tensor]:
-        """Eigenvalues, ascending, and eigenvectors of RᵀR."""
+    def _residual(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        """C Z, and eigenvalues, ascending, and eigenvectors of RᵀR."""
         if rank not in self._residuals:
             turn = self._coupling @ self._turn[:, :rank]
-            self._residuals[rank] = torch.linalg.eigh(turn.T @ self._metric @ turn)
+            squares, vectors = torch.linalg.eigh(turn.T @ self._metric @ turn)
+            self._residuals[rank] = turn, squares, vectors
         return self._residuals[rank]
 
     def leading(self, rank: int) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .krylov import KrylovSpace, RowTiles, require_finite, square
+from .krylov import KrylovSpace, RowTiles, require_finite, square, whole
 from .rank_rules import RankRule
 from .svd import core_svd, dense_svd
 
@@ -225,9 +225,7 @@ def _dense(source: RowTiles, rule: RankRule) -> Truncated:
     """From the eigenvectors of M Mᵀ or MᵀM, whichever is smaller, in fp64; small ones by LAPACK."""
     rows, columns = source.matrix_shape
     if rows < columns or rows * columns <= EXACT:
-        matrix = torch.empty(rows, columns)
-        for _ in source.tiles(matrix):
-            pass
+        matrix = whole(source)
         require_finite(matrix)
         total = square(matrix)
         if rows * columns <= EXACT:

@@ -24,6 +24,7 @@ from peftsurgery.errors import CannotSplit, CheckFailed, UnsupportedError
 from peftsurgery.operations.plan import Edit, Target
 from peftsurgery.operations.rounding import Survival, generator, stochastic, survival_of
 from peftsurgery.quantizers import PackedTensor
+from peftsurgery.quantizers.grids import pieces
 from peftsurgery.quantizers.rounded import RoundedTensor
 
 TILE = 1 << 20  # elements of a row tile: smaller ones drown in dispatch, larger leave the cache
@@ -64,9 +65,7 @@ def is_repacked(tensor: LazyTensor, settings: Settings) -> bool:
 
 def spans(target: Target) -> list[tuple[int, int]]:
     """Row tiles [start, stop) of a target, about `TILE` elements each."""
-    rows = target.rows
-    step = max(1, TILE // max(1, target.columns))
-    return [(a, min(a + step, rows)) for a in range(0, rows, step)]
+    return list(pieces(target.rows, target.columns, TILE))
 
 
 class Scratch(threading.local):

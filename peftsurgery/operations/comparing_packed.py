@@ -14,7 +14,6 @@ comes on top. See `comparing` for t and its error.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +31,7 @@ from peftsurgery.operations.comparing import (
 )
 from peftsurgery.operations.plan import Target
 from peftsurgery.quantizers import Grid, Packed, PackedTensor
+from peftsurgery.quantizers.grids import pieces
 
 FAR_SHARE = 0.02  # of the elements; so many may be further than a step: errors fed forward do that
 FAR_ROW = 0.25  # of the elements of one row
@@ -114,7 +114,7 @@ def compare_untouched(base: Tensor, packed: Packed) -> PackedComparison:
 def _half_steps(packed: Packed) -> Tensor:
     """Half the step of the grid at every weight, in its shape."""
     steps = torch.empty(packed.rows, packed.columns)
-    for start, stop in _tiles(packed):
+    for start, stop in pieces(packed.rows, packed.columns, TILE):
         grid, codes = packed.format.grid(packed, start, stop)
         steps[start:stop] = _around(grid, grid.values(codes))[0] / 2
     return packed.format.to_weight(packed, steps)
@@ -130,17 +130,11 @@ def _compared(
     assert old is not None
     assert new is not None
     total = PackedComparison()
-    for start, stop in _tiles(packed):
+    for start, stop in pieces(packed.rows, packed.columns, TILE):
         grid, codes = packed.format.grid(packed, start, stop)
         extra = 0.0 if more is None else more[start:stop]
         total.add(_tile(grid, codes, old[start:stop], new[start:stop], extra))
     return total
-
-
-def _tiles(packed: Packed) -> Iterator[tuple[int, int]]:
-    step = max(1, TILE // max(1, packed.columns))
-    for start in range(0, packed.rows, step):
-        yield start, min(start + step, packed.rows)
 
 
 def _tile(

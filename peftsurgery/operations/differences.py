@@ -18,6 +18,7 @@ from torch import Tensor
 from peftsurgery.codec import BaseWeights
 from peftsurgery.codec.bases import Stored
 from peftsurgery.codec.experts import HALVES
+from peftsurgery.linalg.krylov import whole
 from peftsurgery.operations.apply import plain_dtype
 
 TILE = 1 << 18  # elements of a row tile: it stays in the cache until it has been multiplied
@@ -108,7 +109,7 @@ class Difference:
 
     def dense(self) -> Tensor:
         """All of TUNED - BASE, fp32, in the base's shape."""
-        return _whole(self)
+        return whole(self).reshape(self.shape)
 
     def _pairs(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         rows, columns = self.matrix_shape
@@ -166,15 +167,7 @@ class Stack:
 
     def dense(self) -> Tensor:
         """All of it, fp32."""
-        return _whole(self)
-
-
-def _whole(source: Difference | Stack) -> Tensor:
-    """All tiles as one tensor."""
-    whole = torch.empty(source.matrix_shape)
-    for _ in source.tiles(whole):
-        pass
-    return whole.reshape(source.shape)
+        return whole(self).reshape(self.shape)
 
 
 def _wide(rows: Tensor) -> Tensor:

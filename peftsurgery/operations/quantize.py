@@ -27,6 +27,7 @@ from peftsurgery.operations.rounding import generator
 from peftsurgery.operations.side_files import copy_side_files
 from peftsurgery.operations.staging import staged_beside
 from peftsurgery.quantizers import Grid, Packed, PackedTensor, Rounding, by_name, logical, nearest
+from peftsurgery.quantizers.grids import pieces
 from peftsurgery.quantizers.packable import LEFT_OUT, matrices_of, named
 from peftsurgery.quantizers.rounding import feedback, feedback_factor, stochastic
 from peftsurgery.reports import Progress, Report
@@ -266,12 +267,10 @@ def _packing(packed: Packed, tensor: LazyTensor, rule: Rounding) -> Packing:
 
     def rounding(matrix: Tensor, grid: Grid, previous: Tensor | None) -> Tensor:
         nonlocal error, total
-        step = max(1, TILE // max(1, matrix.shape[1]))
         codes = torch.empty(matrix.shape, dtype=grid.book.dtype)
-        for start in range(0, len(matrix), step):
-            rows = matrix[start : start + step]
-            part = grid.rows(start, start + len(rows))
-            codes[start : start + step] = chosen = rule(rows, part, None)
+        for start, stop in pieces(len(matrix), matrix.shape[1], TILE):
+            rows, part = matrix[start:stop], grid.rows(start, stop)
+            codes[start:stop] = chosen = rule(rows, part, None)
             error += float((part.values(chosen) - rows).square().sum())
             total += float(rows.square().sum())
         return codes

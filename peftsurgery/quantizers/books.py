@@ -252,9 +252,8 @@ class Float8(Codebook):
         if self.float_dtype == torch.float8_e5m2:
             wide = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(8)
             return wide.view(torch.float16).float()
-        if self.float_dtype != torch.float8_e4m3fn or codes.numel() == 0:
-            return super().values(codes)
-        if int((codes & 127).amax()) == 127:
+        other = self.float_dtype != torch.float8_e4m3fn or codes.numel() == 0
+        if other or int((codes & 127).amax()) == 127:
             return super().values(codes)
         wide = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7)
         return wide.bitwise_and_(~(1 << 14)).view(torch.float16).float().mul_(256)
