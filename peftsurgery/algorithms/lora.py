@@ -82,7 +82,8 @@ class LoRA(WeightAdapter):
 
     def _outer(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Rows of the output side (rows, r), scale included."""
-        return self.up[start:stop].to(dtype).reshape(stop - start, -1) * self.scale
+        rows = self.up[start:stop].to(dtype).reshape(stop - start, -1)
+        return rows if is_one(self.scale) else rows * self.scale
 
     def _tile(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         return self._outer(start, stop, dtype) @ self._inner(dtype)

@@ -35,6 +35,29 @@ def test_any_condition_gives_the_singular_values(
     assert float(((u * s) @ vh - up @ down).norm()) <= 2e-6 * float(wanted[0])
 
 
+@pytest.mark.parametrize("up_condition", [1e1, 1e3, 1e6, 1e14])
+@pytest.mark.parametrize("down_condition", [1e1, 1e6, 1e12])
+@pytest.mark.parametrize("cancelling", [0.0, 1e-3, 1e-6])
+def test_the_kept_part_is_that_of_the_whole(
+    up_condition: float, down_condition: float, cancelling: float
+) -> None:
+    up = conditioned(90, 12, up_condition)
+    down = conditioned(70, 12, down_condition, seed=5).T.contiguous()
+    if cancelling:  # up₁ down₁ - up₁ (down₁ + little)
+        small = draw(90, 12, seed=9) * cancelling * float(up.norm()) / 30
+        up, down = torch.cat([up, small - up], 1), torch.cat([down, down])
+    u, s, vh = (t.double() for t in core_svd(up, down, RankRule.parse("ratio:30")))
+    whole = torch.linalg.svd(up @ down, full_matrices=False)
+    k = s.numel()
+    assert k == RankRule.parse("ratio:30").choose(whole.S)
+    assert float(((s - whole.S[:k]) / whole.S[:k]).abs().max()) < 1e-5
+    for q in (u, vh.T):
+        assert float((q.T @ q - torch.eye(k, dtype=torch.float64)).abs().max()) < 1e-5
+    best = float(whole.S[k:].square().sum()) ** 0.5
+    error = float(((u * s) @ vh - up @ down).norm())
+    assert error <= best + 5e-6 * float(whole.S[0])
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e-7, 1e10, 1e18])
 def test_scales_do_not_matter(scale: float) -> None:
     up, down = (draw(40, 6) * scale).float(), draw(6, 30, seed=3).float()
