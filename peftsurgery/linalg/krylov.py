@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from .products import orthonormal, polished, without
+from .rough import roughly_leading
 
 LOST = 1e-6  # of a column: what is smaller is rounding of fp32 products
 SQUARABLE = (1e-9, 1e15)  # between these norms of M the squares in MᵀM are within fp32
@@ -50,16 +52,28 @@ class KrylovSpace:
     """Orthonormal columns X (n, d) that span the space so far, and M X (o, d), kept.
 
     Making it reads M once, and so does each `step`. Sums of squares are in fp64, products in fp32.
+    rough: begin with what products in bfloat16 take for that many leading directions; `near` tells
+    whether the rounding has left them what they are. They are `width` columns where it has not.
     UsageError when M holds NaN or Inf.
     """
 
-    def __init__(self, source: RowTiles, width: int, generator: torch.Generator) -> None:
+    def __init__(
+        self, source: RowTiles, width: int, generator: torch.Generator, *, rough: int = 0
+    ) -> None:
         self.source = source
         self.total = 0.0  # ||M||_F²
         self.random = 0  # random columns that the space grew from
         self._generator = generator
         columns = source.matrix_shape[1]
-        self._bases = [self._sketched(width)]
+        self.near = False
+        if rough:
+            basis, self.near = self._roughly(rough, width)
+        else:
+            basis = self._sketched(width)
+        if not self.near:
+            basis = torch.cat([basis, self._fresh(width - basis.shape[1], [basis])], 1)
+        self._bases = [basis]
+        self.random = basis.shape[1]
         self._images: list[Tensor] = []
         self._gram = torch.zeros(0, 0, dtype=torch.float64)  # G = (M X)ᵀ (M X)
         self._outside = torch.zeros(columns, 0)  # N (n, c), orthogonal to X
@@ -105,13 +119,14 @@ class KrylovSpace:
         columns = self.source.matrix_shape[1]
         block = orthonormal(self._outside, LOST, columns - self.dimension)
         if block.shape[1]:
-            block = _polished(_without(block, self._bases))
+            block = polished(without(block, self._bases))
         self._outside = torch.zeros(columns, 0)
         self._coupling = self._coupling[:0]
         extra = min(extra, columns - self.dimension - block.shape[1])
         if extra > 0:
             block = torch.cat([block, self._fresh(extra, [*self._bases, block])], 1)
             self.random += extra
+            self.near = False
         self._bases.append(block)
 
     def grow_narrow(self, rank: int, width: int) -> None:
@@ -121,7 +136,7 @@ class KrylovSpace:
         turn, squares, vectors = self._residual(rank)
         width = min(width, int((squares > LOST**2 * squares[-1]).sum()))
         longest = turn @ vectors[:, -width:] / squares[-width:].sqrt()
-        block = _polished(_without(self._outside @ longest.float(), self._bases))
+        block = polished(without(self._outside @ longest.float(), self._bases))
         self._outside.addmm_(block, block.T @ self._outside, alpha=-1)
         self._bases.append(block)
 
@@ -187,7 +202,7 @@ class KrylovSpace:
         # each column on its own: the rounding of a long one is longer than what a short one finds
         tiny = torch.finfo(torch.float32).tiny
         lengths = torch.linalg.vector_norm(back, dim=0).clamp_min(tiny)
-        fresh = _without(back, self._bases) / lengths
+        fresh = without(back, self._bases) / lengths
         self._outside = torch.cat([self._outside, fresh], 1)
         wide = self._outside.double()
         self._metric = wide.T @ wide
@@ -197,21 +212,33 @@ class KrylovSpace:
         coupling[before:, -newest:] = torch.diag(lengths.double() * self._unit**2)
         self._coupling = coupling
 
-    def _sketched(self, width: int) -> Tensor:
-        """An orthonormal basis of the columns of Mᵀ Ψ, made up with random ones where M has a
-        smaller rank."""
-        sketch = torch.zeros(width, self.source.matrix_shape[1])
+    def _first_reading(self) -> Iterator[tuple[int, Tensor]]:
+        """The tiles; adds their squares."""
         for start, tile in self.source.tiles():
             part = square(tile)
             if not math.isfinite(part):
                 require_finite(tile, start)
             self.total += part
+            yield start, tile
+
+    def _sketched(self, width: int) -> Tensor:
+        """An orthonormal basis of the columns of Mᵀ Ψ, fewer where M has a smaller rank."""
+        sketch = torch.zeros(width, self.source.matrix_shape[1])
+        for _, tile in self._first_reading():
             random = torch.randn(width, tile.shape[0], generator=self._generator)
             sketch.addmm_(random, tile)
-        self.random = width
-        basis = orthonormal(sketch.T.contiguous(), 0.0, min(sketch.shape))
-        basis = _polished(basis)
-        return torch.cat([basis, self._fresh(width - basis.shape[1], [basis])], 1)
+        return polished(orthonormal(sketch.T.contiguous(), 0.0, min(sketch.shape)))
+
+    def _roughly(self, rank: int, width: int) -> tuple[Tensor, bool]:
+        """`roughly_leading` of M, in a unit in which squares are within range."""
+        narrow = torch.empty(self.source.matrix_shape, dtype=torch.bfloat16)
+        for start, tile in self._first_reading():
+            narrow[start : start + tile.shape[0]] = tile
+        norm, unit = math.sqrt(self.total), 1.0
+        if not SQUARABLE[0] < norm < SQUARABLE[1]:
+            unit = 2.0 ** min(max(math.frexp(norm)[1], -120), 120)
+            narrow /= unit
+        return roughly_leading(narrow, norm / unit, rank, width, self._generator)
 
     def _fresh(self, count: int, known: list[Tensor]) -> Tensor:
         columns = self.source.matrix_shape[1]
@@ -219,45 +246,8 @@ class KrylovSpace:
         if count == 0:
             return random
         for _ in range(2):
-            random = orthonormal(_without(random, known), 0.0, count)
+            random = orthonormal(without(random, known), 0.0, count)
         return random
-
-
-def orthonormal(matrix: Tensor, floor: float, most: int) -> Tensor:
-    """Orthonormal columns that span those of `matrix` (n, q), but for directions no longer than
-    `floor`, at most `most` of them; the shortest direction first.
-
-    By the eigenvectors of the Gram matrix in fp64 (Stathopoulos, Wu 2002, SVQB). Unlike columns of
-    a triangular factorisation, those of short directions are free of the long ones, so that their
-    products are exact relative to themselves.
-    """
-    wide = matrix.double()
-    values, vectors = torch.linalg.eigh(wide.T @ wide)
-    lengths = values.clamp_min(0).sqrt()
-    limit = max(floor, 1e-7 * float(lengths[-1])) if lengths.numel() else 0.0
-    keep = min(int((lengths > limit).sum()), most)
-    if keep == 0:
-        return matrix[:, :0]
-    return (wide @ (vectors[:, -keep:] / lengths[-keep:])).float()
-
-
-def _polished(matrix: Tensor) -> Tensor:
-    """Nearly orthonormal columns made so, each staying what it is nearly (Cholesky of their Gram
-    matrix, CholeskyQR, Yamamoto et al. 2015)."""
-    wide = matrix.double()
-    upper, failed = torch.linalg.cholesky_ex(wide.T @ wide, upper=True)
-    if int(failed):
-        return torch.linalg.qr(matrix).Q
-    unit = torch.eye(len(upper), dtype=upper.dtype)
-    return matrix @ torch.linalg.solve_triangular(upper, unit, upper=True).float()
-
-
-def _without(block: Tensor, known: list[Tensor]) -> Tensor:
-    """The part of `block` that is orthogonal to the columns of `known`."""
-    block = block.clone()
-    for basis in known:
-        block.addmm_(basis, basis.T @ block, alpha=-1)
-    return block
 
 
 def _combined(blocks: list[Tensor], turn: Tensor) -> Tensor:

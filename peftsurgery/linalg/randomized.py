@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .krylov import KrylovSpace, RowTiles, require_finite, square, whole
 from .rank_rules import RankRule
+from .rough import MOST, multiplies_bfloat16
 from .svd import core_svd, dense_svd
 
 OVERSAMPLING = 1.25  # columns of a block to one of the rank
@@ -125,6 +126,9 @@ def randomized_svd(
     last one promises to be enough, only the directions in which the residual is longest are taken
     in.
 
+    Where the CPU multiplies bfloat16 and M is small enough to be kept, the search begins near the
+    end (`rough`), and one step from there will do for a σ_k that stands out of the rounding.
+
     M is read row tile by row tile, once for each block and once before; up to `HELD` elements it is
     kept in fp32 instead. Besides there are X (n, d) and M X (o, d) with d = q times the blocks, two
     and a part as a rule. A rule about energy starts with a narrow block and adds random columns
@@ -151,24 +155,28 @@ def randomized_svd(
     small = shorter < max(NARROW * width, DENSE_SIDE) or whole_spectrum
     if dense or (dense is None and small):
         return _dense(source, rule)
-    keeps = not isinstance(source, DenseTiles) and math.prod(source.matrix_shape) <= HELD
-    held = Held(source) if keeps else source
-    space = KrylovSpace(held, min(width, shorter), torch.Generator().manual_seed(seed))
+    fits = math.prod(source.matrix_shape) <= HELD
+    held = Held(source) if fits and not isinstance(source, DenseTiles) else source
+    near = fits and goal <= min(MOST, shorter // NARROW) and multiplies_bfloat16()
+    generator = torch.Generator().manual_seed(seed)
+    space = KrylovSpace(held, min(width, shorter), generator, rough=goal if near else 0)
     since = 0  # steps since random columns came in
     for _ in range(MOST_STEPS):
         space.step()
         since += 1
         complete = space.dimension >= source.matrix_shape[1] or space.total == 0
-        k = min(_choose(rule, space, shorter), space.dimension)
-        answered = k <= space.random or space.random >= (rule.cap or shorter)
-        if complete or (answered and _finished(space, k, since)):
+        chosen = _choose(rule, space, shorter)
+        k = min(chosen, space.dimension)
+        answered = chosen <= space.random or space.random >= (rule.cap or shorter)
+        fewest = 1 if space.near else FEWEST_STEPS
+        if complete or (answered and _finished(space, k, since, fewest)):
             break
         more = 0
-        if not answered and (since >= FEWEST_STEPS or space.exhausted):
+        if not answered and (since >= fewest or space.exhausted):
             more, since = min(_width(k) - space.random, 2 * space.dimension), 0
         if dense is None and space.dimension + more > widest - width:
             return _dense(source, rule)
-        part = _enough(space, k) if answered and since >= FEWEST_STEPS - 1 else 0
+        part = _enough(space, k) if answered and since >= fewest - 1 else 0
         if part:
             space.grow_narrow(k, part)
         else:
@@ -184,10 +192,10 @@ def _width(rank: int) -> int:
     return max(math.ceil(OVERSAMPLING * rank / 8) * 8, LEAST_WIDTH)
 
 
-def _finished(space: KrylovSpace, k: int, since: int) -> bool:
+def _finished(space: KrylovSpace, k: int, since: int, fewest: int) -> bool:
     if space.exhausted:
         return True
-    if since < FEWEST_STEPS:  # of an exact rank nothing is left after two
+    if since < fewest:  # of an exact rank nothing is left after two
         return since > 1 and float(space.values[k:].sum()) <= NOTHING * space.total
     return _bound(space, k) <= BOUND or space.residual(k) <= ROUNDING * float(space.values[0])
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from peftsurgery.errors import UsageError
+from peftsurgery.linalg import randomized
 from peftsurgery.linalg.randomized import DenseTiles, Truncated, randomized_svd
 
 torch.set_num_threads(1)
@@ -26,6 +27,12 @@ SPECTRA = {
     "exponential, slow": lambda j: torch.exp(-j / 90),
     "exact low rank": lambda j: torch.where(j <= 13, 1 / j, 0.0),
 }
+
+
+@pytest.fixture(params=[False, True], ids=["fp32", "bf16 first"], autouse=True)
+def _first_products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU that cannot multiply bfloat16, and as on one that can."""
+    monkeypatch.setattr(randomized, "multiplies_bfloat16", lambda: request.param)
 
 
 def with_spectrum(spectrum: Tensor, rows: int, columns: int, random: torch.Generator) -> Tensor:
