@@ -10,11 +10,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .krylov import KrylovSpace, RowTiles, require_finite, square, whole
+from .krylov import KrylovSpace, RowTiles, fresh_memory, require_finite, square, whole
 from .rank_rules import RankRule
 from .rough import MOST, multiplies_bfloat16
 from .svd import core_svd, dense_svd
@@ -73,8 +72,7 @@ class Held:
         if self.matrix is not None:
             yield from DenseTiles(self.matrix, step=128).tiles(into)
             return
-        # numpy asks for large pages: they take a third of the time to come
-        matrix = torch.from_numpy(np.empty(self.matrix_shape, np.float32))
+        matrix = fresh_memory(self.matrix_shape, torch.float32)
         yield from self.source.tiles(matrix)
         self.matrix = matrix
 
