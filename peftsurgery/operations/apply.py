@@ -135,7 +135,19 @@ class Renderer:
         """Rows [start, stop) of the result, and one in `sample` of those of the base, in fp32,
         (rows, columns); the next call reuses the memory, but for that of `out`.
         """
-        return self._exact(start, stop, out), self.before(start, stop, sample)
+        packed = self._packed
+        if packed is None or out is None:
+            return self._exact(start, stop, out), self.before(start, stop, sample)
+        packed.rows(start, stop).into(out)
+        before = self._scratch.take(1, *out[::sample].shape).copy_(out[::sample])
+        return self._changed(out, start, stop), before
+
+    @cached_property
+    def _packed(self) -> PackedTensor | None:
+        """The base where its rows can be unpacked alone, straight to where they are changed."""
+        plain = self.whole is None and not self._keeps_base and not self.target.resized
+        tensor = self.target.flat(self.target.tensor) if plain else None
+        return tensor if isinstance(tensor, PackedTensor) else None
 
     def before(self, start: int, stop: int, step: int = 1) -> Tensor:
         """Rows start:stop:step of the base in fp32; the next call reuses the memory."""
@@ -162,7 +174,10 @@ class Renderer:
             rows = self.whole[start:stop]
             return rows if out is None else out.copy_(rows)
         exact = self._scratch.take(0, stop - start, self.target.columns) if out is None else out
-        exact.copy_(self._rows(start, stop))
+        return self._changed(exact.copy_(self._rows(start, stop)), start, stop)
+
+    def _changed(self, exact: Tensor, start: int, stop: int) -> Tensor:
+        """Rows of the base, overwritten by those of the result."""
         before = self.before(start, stop) if self._keeps_base else exact
         for edit, operation in self.operations:
             self._apply(edit, operation, exact, before, start, stop)

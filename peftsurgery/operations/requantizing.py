@@ -23,6 +23,8 @@ from peftsurgery.quantizers.grids import pieces
 from peftsurgery.quantizers.rounding import Subspace, feedback, feedback_factor, stochastic
 from peftsurgery.quantizers.surviving import Survival, directions, row_space, survival
 
+TOGETHER = 4  # tiles rounded at a time
+
 
 @dataclass(frozen=True)
 class Order:
@@ -99,8 +101,9 @@ class Repacker:
         for start, stop in self.chunks():
             rows = slice(start, stop)
             part, old = grid.rows(start, stop), None if previous is None else previous[rows]
-            codes[rows] = chosen = self.codes(start, stop, part, exact, old)
-            total.add(self._survival(start, stop, part, chosen, exact))
+            chosen = self.codes(start, stop, part, exact, old, codes[rows])
+            for first, last in _tiles(start, stop, self.packed.columns):
+                total.add(self._survival(first, last, grid.rows(first, last), codes, exact))
             if lost is not None:
                 torch.sub(matrix[rows], part.values(chosen), out=lost[rows])
         parts = self.format.join(parts, self.format.pack(self.packed, codes))
@@ -115,7 +118,7 @@ class Repacker:
         return self.format.grid(self.packed, 0, self.packed.rows)[1]
 
     def _survival(self, start: int, stop: int, grid: Grid, codes: Tensor, exact: Exact) -> Survival:
-        """What survives in rows start:stop, from every `sample`th of them."""
+        """What survives in rows start:stop, from every `sample`th of them; codes: of all rows."""
         sample = self.order.sample
         wanted, delta = exact.wanted[start:stop:sample], exact.sampled.get(start)
         if delta is None:
@@ -127,8 +130,8 @@ class Repacker:
             held, known = self.format.grid(self.packed, start, stop)
             before = held.values(known)[::sample]
         part = grid if sample == 1 else grid.every(sample)
-        found = survival(wanted, delta, before, part.values(codes[::sample]))
-        found.scale(len(codes) / len(wanted))
+        found = survival(wanted, delta, before, part.values(codes[start:stop:sample]))
+        found.scale((stop - start) / len(wanted))
         return found
 
     def _weight(self, matrix: Tensor) -> Tensor:
@@ -188,16 +191,19 @@ class Repacker:
 
     @property
     def _by_rows(self) -> bool:
-        """Whether the rows of the matrix are those of the target, and its chunks the tiles."""
+        """Whether the rows of the matrix are those of the target, and its chunks made of tiles."""
         same = self.target.rows == self.packed.rows and self.slabs == 1
         return same and type(self.format).to_matrix is Format.to_matrix
 
     def chunks(self) -> Iterator[tuple[int, int]]:
-        """Rows [start, stop) that are rounded together; never of two experts."""
+        """Rows [start, stop) that are rounded together, several tiles of them: feedback goes by
+        narrow blocks of columns, which want to be high. Never of two experts.
+        """
         per = self.packed.rows // self.slabs
         for slab in range(self.slabs):
-            for start, stop in pieces(per, self.packed.columns, TILE):
-                yield slab * per + start, slab * per + stop
+            tiles = _tiles(slab * per, (slab + 1) * per, self.packed.columns)
+            for some in (tiles[n : n + TOGETHER] for n in range(0, len(tiles), TOGETHER)):
+                yield some[0][0], some[-1][1]
 
     @property
     def slabs(self) -> int:
@@ -205,21 +211,29 @@ class Repacker:
         return self.packed.shape[0] if self.target.lead == 2 else 1
 
     def codes(
-        self, start: int, stop: int, grid: Grid, exact: Exact, previous: Tensor | None
+        self,
+        start: int,
+        stop: int,
+        grid: Grid,
+        exact: Exact,
+        previous: Tensor | None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """Codes for rows start:stop; `previous` are those they had, for nearest."""
+        """Codes for rows start:stop; `previous` are those they had, for nearest; out: memory."""
         rows = exact.wanted[start:stop]
         rounding = self.order.rounding
-        if rounding == "stochastic":
-            random = generator(self.settings.seed, self.target.name, start)
-            return stochastic(rows, grid, random)
-        if rounding == "gptq":
-            return feedback(rows, grid, self._gram_factor(start, exact, grid))
         if rounding == "subspace":
             fed = self._feedback(start, exact, grid)
             if fed.basis.shape[1]:
-                return fed.codes(rows, grid)
-        return nearest(rows, grid, previous)
+                return fed.codes(rows, grid, out)
+        if rounding == "stochastic":
+            random = generator(self.settings.seed, self.target.name, start)
+            found = stochastic(rows, grid, random)
+        elif rounding == "gptq":
+            found = feedback(rows, grid, self._gram_factor(start, exact, grid))
+        else:
+            found = nearest(rows, grid, previous)
+        return found if out is None else out.copy_(found)
 
     def _feedback(self, start: int, exact: Exact, grid: Grid) -> Subspace:
         """Error feedback in the input directions of the change around row `start`."""
@@ -270,6 +284,10 @@ class Repacker:
                 return None
             inner.append(factors[1].detach())
         return row_space(torch.cat(inner))
+
+
+def _tiles(start: int, stop: int, columns: int) -> list[tuple[int, int]]:
+    return [(start + a, start + b) for a, b in pieces(stop - start, columns, TILE)]
 
 
 def differs(repacker: Repacker, written: Mapping[str, LazyTensor], *, full: bool) -> str | None:

@@ -130,10 +130,13 @@ class Codebook:
         low, high = levels[1] - levels[0], levels[-1] - levels[-2]
         return float(levels[0] - low / 2), float(levels[-1] + high / 2)
 
-    def values(self, codes: Tensor) -> Tensor:
-        """The value of every code, fp32."""
-        flat = codes.reshape(-1)
-        return self.table.index_select(0, flat.int()).reshape(codes.shape)
+    def values(self, codes: Tensor, out: Tensor | None = None) -> Tensor:
+        """The value of every code, fp32; out: contiguous memory for them."""
+        flat = codes.reshape(-1).int()
+        if out is None:
+            return self.table.index_select(0, flat).reshape(codes.shape)
+        torch.index_select(self.table, 0, flat, out=out.view(-1))
+        return out
 
     @cached_property
     def _pairs(self) -> Tensor:
@@ -142,9 +145,12 @@ class Codebook:
         both = torch.stack((self.table[byte >> 4], self.table[byte & 15]), 1)
         return both.view(torch.int64)[:, 0]
 
-    def values_of_pairs(self, pairs: Tensor) -> Tensor:
+    def values_of_pairs(self, pairs: Tensor, out: Tensor | None = None) -> Tensor:
         """`values` of two 4-bit codes of every byte, the high half first: (n,) -> (2n,)."""
-        return self._pairs.index_select(0, pairs.int()).view(torch.float32)
+        if out is None:
+            out = torch.empty(2 * len(pairs))
+        torch.index_select(self._pairs, 0, pairs.int(), out=out.view(-1).view(torch.int64))
+        return out
 
     def nearest(self, units: Tensor) -> Tensor:
         """The code of the nearest level; halfway between two, of the lower one."""
@@ -212,8 +218,9 @@ class Integers(Codebook):
         self.offset, self.per = offset, 1.0
         self.codes = (torch.arange(low, high + 1) + offset).to(dtype)
 
-    def values(self, codes: Tensor) -> Tensor:
-        return codes.float().sub_(self.offset) if self.offset else codes.float()
+    def values(self, codes: Tensor, out: Tensor | None = None) -> Tensor:
+        found = codes.float() if out is None else out.copy_(codes)
+        return found.sub_(self.offset) if self.offset else found
 
     def nearest(self, units: Tensor) -> Tensor:
         """Halfway between two, the even one, as torch.round does."""
@@ -245,18 +252,20 @@ class Float8(Codebook):
         self.least_step = float(above[0])
         self.step_of_one = float(above[above > 1][0]) - 1  # 2^-m
 
-    def values(self, codes: Tensor) -> Tensor:
+    def values(self, codes: Tensor, out: Tensor | None = None) -> Tensor:
         """By the bits of float16: E5M2 has the first eight of them, and those of E4M3 are E4M3's
         behind one of the exponent more, which makes it 2^8 times too small; its NaN is none there.
         """
         if self.float_dtype == torch.float8_e5m2:
             wide = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(8)
-            return wide.view(torch.float16).float()
+            half = wide.view(torch.float16)
+            return half.float() if out is None else out.copy_(half)
         other = self.float_dtype != torch.float8_e4m3fn or codes.numel() == 0
         if other or int((codes & 127).amax()) == 127:
-            return super().values(codes)
+            return super().values(codes, out)
         wide = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7)
-        return wide.bitwise_and_(~(1 << 14)).view(torch.float16).float().mul_(256)
+        half = wide.bitwise_and_(~(1 << 14)).view(torch.float16)
+        return (half.float() if out is None else out.copy_(half)).mul_(256)
 
     def nearest(self, units: Tensor) -> Tensor:
         """Halfway between two, the even one (IEEE 754); what is too large saturates."""

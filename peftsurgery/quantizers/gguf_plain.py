@@ -50,9 +50,10 @@ class Floats(Codebook):
             codes.copy_(chosen)
         return self.values(chosen)
 
-    def values(self, codes: Tensor) -> Tensor:
-        found = codes.view(self.float_dtype).float()
-        return found + self.shift if self.shift else found
+    def values(self, codes: Tensor, out: Tensor | None = None) -> Tensor:
+        stored = codes.view(self.float_dtype)
+        found = stored.to(torch.float32, copy=True) if out is None else out.copy_(stored)
+        return found.add_(self.shift) if self.shift else found
 
     def alike(self, codes: Tensor, others: Tensor) -> Tensor:
         return self.values(codes) == self.values(others)

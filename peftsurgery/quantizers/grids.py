@@ -67,9 +67,9 @@ class Grid:
             return weight.view(rows, cut.shape[1], self.group), cut
         return weight, self.spread(values, start, stop)
 
-    def values(self, codes: Tensor, start: int = 0) -> Tensor:
-        """fp32 weights of codes (rows, n), the columns from `start` on."""
-        return self.placed(self.book.values(codes), start)
+    def values(self, codes: Tensor, start: int = 0, out: Tensor | None = None) -> Tensor:
+        """fp32 weights of codes (rows, n), the columns from `start` on; out: contiguous memory."""
+        return self.placed(self.book.values(codes, out), start)
 
     def placed(self, found: Tensor, start: int = 0, first: int = 0) -> Tensor:
         """Values of the book (rows, n), overwritten by those of the weight; rows from `first` on

@@ -171,10 +171,14 @@ class Format(abc.ABC):
         per = packed.rows // packed.shape[0]
         return start * per, stop * per
 
-    def dequantize(self, packed: Packed, start: int, stop: int) -> Tensor:
-        """Rows start:stop of the weight's first dimension, fp32."""
+    def dequantize(
+        self, packed: Packed, start: int, stop: int, out: Tensor | None = None
+    ) -> Tensor:
+        """Rows start:stop of the weight's first dimension, fp32; `out` may be used for them, memory
+        for as many rows of the matrix.
+        """
         grid, codes = self.grid(packed, *self.matrix_rows(packed, start, stop))
-        return self.to_weight(packed, grid.values(codes))
+        return self.to_weight(packed, grid.values(codes, out=out))
 
     def rounded(self, name: str, weight: Tensor, native: str) -> Tensor:
         """decode(encode(W)) of a plain weight, fp32, without writing anything. UnsupportedError as
@@ -294,9 +298,24 @@ class PackedTensor(LazyTensor):
         return PackedTensor(self.packed, self.start + start, self.start + stop, self.lead)
 
     def torch(self) -> Tensor:
+        return self._unpacked(None)
+
+    def into(self, out: Tensor) -> Tensor:
+        """`torch` into contiguous fp32 memory, (rows, columns) of these rows."""
+        found = self._unpacked(out if self._straight else None).reshape(out.shape)
+        return out if found.data_ptr() == out.data_ptr() else out.copy_(found)
+
+    @property
+    def _straight(self) -> bool:
+        """Whether the rows of the matrix that is rounded are those of this tensor, in order."""
+        straight = type(self.packed.format).to_weight is Format.to_weight
+        return straight and self.packed.columns == math.prod(self.shape[1:])
+
+    def _unpacked(self, out: Tensor | None) -> Tensor:
         per = math.prod(self.packed.shape[1 : self.lead])
         first, last = self.start // per, -(-self.stop // per)
-        weight = self.packed.format.dequantize(self.packed, first, last)
+        whole = (last - first) * per == self.stop - self.start
+        weight = self.packed.format.dequantize(self.packed, first, last, out if whole else None)
         flat = weight.reshape(-1, *self.packed.shape[self.lead :])
         return flat[self.start - first * per : self.stop - first * per]
 

@@ -48,14 +48,15 @@ class Stepped(Grid):
 
     step: torch.dtype = torch.float32
 
-    def values(self, codes: Tensor, start: int = 0) -> Tensor:
-        found = replace(self, shift=None)._product(codes, start).to(self.step).float()
+    def values(self, codes: Tensor, start: int = 0, out: Tensor | None = None) -> Tensor:
+        found = replace(self, shift=None)._product(codes, start, out)
+        found.copy_(found.to(self.step))
         if self.shift is not None:
             found += self.spread(self.shift, start, start + codes.shape[1])
         return found
 
-    def _product(self, codes: Tensor, start: int) -> Tensor:
-        return super().values(codes, start)
+    def _product(self, codes: Tensor, start: int, out: Tensor | None) -> Tensor:
+        return super().values(codes, start, out)
 
 
 class Quanto(Format):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from peftsurgery.errors import UsageError
-from peftsurgery.quantizers.grids import Grid, pieces
+from peftsurgery.quantizers.grids import PIECE, Grid
 
 WEIGHT = 1000.0  # λ: how much more an error in the change's own directions counts
 LEAST = 2  # columns of the smallest block
@@ -59,11 +59,12 @@ class Subspace:
 
     With S = Σ ε_k v_k over the columns done and G = Σ v_kᵀ v_k over those left, the errors of
     these that minimise ‖ε‖² + λ‖ε V‖² are -S (1/λ + G)⁻¹ Vᵀ: so much is added before they are
-    rounded. `steps`: of every block, its columns and (1/λ + G)⁻¹ Vᵀ (r, its size).
+    rounded. `steps`: of every block its first column, its part of V (its size, r), and
+    (1/λ + G)⁻¹ times that, transposed.
     """
 
     basis: Tensor
-    steps: tuple[tuple[int, int, Tensor], ...]
+    steps: tuple[tuple[int, Tensor, Tensor], ...]
 
     @classmethod
     def of(cls, basis: Tensor, group: int = 0, weighting: float = WEIGHT) -> Subspace:
@@ -76,24 +77,30 @@ class Subspace:
         ridge = torch.eye(basis.shape[1], dtype=torch.float64) / weighting
         solved = torch.linalg.inv(ridge + left)
         steps = [
-            (start, stop, (inverse @ part.T).float())
+            (start, basis[start:stop], (inverse @ part.T).float())
             for (start, stop), part, inverse in zip(places, parts, solved, strict=True)
         ]
         return cls(basis, tuple(steps))
 
-    def codes(self, weight: Tensor, grid: Grid) -> Tensor:
-        """Codes for a weight (rows, columns). Cost: 4 · rows · columns · r flops. UsageError for
-        another number of columns.
+    def codes(self, weight: Tensor, grid: Grid, out: Tensor | None = None) -> Tensor:
+        """Codes for a weight (rows, columns), in `out` where it is given. Cost: 4 · rows · columns
+        · r flops. UsageError for another number of columns.
         """
         _check(weight, self.basis.shape[0])
         total = torch.zeros(weight.shape[0], self.basis.shape[1])
-        codes = torch.empty(weight.shape, dtype=grid.book.dtype)
-        for start, stop, solved in self.steps:
-            for first, last in pieces(len(weight), stop - start):
-                given, sums = weight[first:last, start:stop], total[first:last]
+        codes = torch.empty(weight.shape, dtype=grid.book.dtype) if out is None else out
+        widths = [len(part) for _, part, _ in self.steps]
+        blocks = zip(self.steps, weight.split(widths, 1), codes.split(widths, 1), strict=True)
+        for (start, basis, solved), block, chosen in blocks:
+            high = max(1, PIECE // len(basis))
+            first = 0
+            for given, codes_of, sums in zip(
+                block.split(high), chosen.split(high), total.split(high), strict=True
+            ):
                 moved = torch.addmm(given, sums, solved) if start else given
-                error = grid.errors(given, moved, codes[first:last, start:stop], start, first)
-                sums.addmm_(error, self.basis[start:stop])
+                error = grid.errors(given, moved, codes_of, start, first)
+                sums.addmm_(error, basis)
+                first += high
         return codes
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peftsurgery.linalg.products import orthonormal
+
 DIRECTIONS = 64  # input directions of a change whose factors are not at hand
 SAFE = 1e-6  # of the largest: directions below are noise of the factors
 ENOUGH = 0.98  # nearest rounding, which adds the least noise, is taken where it keeps so much
@@ -69,5 +71,4 @@ def row_space(rows: Tensor) -> Tensor | None:
     """
     if len(rows) > min(DIRECTIONS * 4, rows.shape[1] // 2):
         return None
-    _, sizes, right = torch.linalg.svd(rows.double(), full_matrices=False)
-    return right[sizes > SAFE * sizes[0]].T.float().contiguous()
+    return orthonormal(rows.T, SAFE * float(rows.norm()), len(rows))
