@@ -26,7 +26,7 @@ from peftsurgery.operations.staging import workers
 from peftsurgery.quantizers import PackedTensor, is_marker
 
 PIECE = 1 << 18  # bytes
-PACKED_AGAIN = 8  # one in so many packed weights is rounded again; the digests tell of all
+PACKED_AGAIN = 16  # one in so many packed weights is rounded again; the digests tell of all
 
 
 def differences(
