@@ -31,12 +31,11 @@ def _added(
 ) -> tuple[Tensor, Tensor]:
     """x as a block X (c, d) per position: H = w1 X (p, a, d), then w2 along d; the sum and H."""
     (a, c), (b, d) = first.shape, second.shape
-    flat = x.reshape(-1, x.shape[-1])
-    blocks = flat.view(-1, c, d)
-    inner = torch.bmm(first.expand(len(blocks), a, c), blocks)
-    y = F.linear(flat, weight, bias).view(-1, b)
-    y = y.addmm_(inner.view(-1, d), second.t(), alpha=scale)
-    return y.view(*x.shape[:-1], len(weight)), inner
+    blocks = x.reshape(-1, c, d)
+    inner = torch.bmm(first.expand(blocks.shape[0], a, c), blocks)
+    y = F.linear(x, weight, bias)
+    y.view(-1, b).addmm_(inner.view(-1, d), second.t(), alpha=scale)
+    return y, inner
 
 
 class _KroneckerLinear(torch.autograd.Function):
@@ -70,17 +69,14 @@ class _KroneckerLinear(torch.autograd.Function):
         for_x, _, _, for_first, for_second, _ = tuple(ctx.needs_input_grad)
         (a, c), (b, d) = first.shape, second.shape
         of_x = of_first = of_second = None
-        flat = grad.reshape(-1, a * b)
-        g = flat.reshape(-1, b)
-        inner = inner.view(-1, d)
+        g, inner = grad.reshape(-1, b), inner.view(-1, d)
         if for_second:  # with beta 0 the first matrix is not looked at
             of_second = torch.addmm(second, g.t(), inner, beta=0, alpha=scale)
         back = torch.addmm(inner, g, second, beta=0, alpha=scale).view(-1, a, d)
         if for_first:
-            blocks = x.reshape(-1, c, d)
-            of_first = torch.bmm(back, blocks.mT).sum(0)
+            of_first = torch.bmm(back, x.reshape(-1, c, d).mT).sum(0)
         if for_x:
-            of_x = torch.mm(flat, weight).view(-1, c, d)
-            facing = first.t().expand(len(back), c, a)
-            of_x = of_x.baddbmm_(facing, back).view(*x.shape)
+            of_x = torch.matmul(grad, weight)
+            facing = first.t().expand(back.shape[0], c, a)
+            of_x.view(-1, c, d).baddbmm_(facing, back)
         return of_x, None, None, of_first, of_second, None

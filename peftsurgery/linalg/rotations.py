@@ -179,7 +179,7 @@ class _TurnedLinear(torch.autograd.Function):
         kept = None if rescale is None else y
         saved = x, blocks, weight, bias, rescale, half, inverse, kept
         ctx.save_for_backward(*saved)  # pyright: ignore[reportArgumentType]
-        return _rescaled(y, bias, rescale).view(*x.shape[:-1], len(weight))
+        return _rescaled(y, bias, rescale).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @in_full
@@ -310,7 +310,7 @@ def _compact(x: Tensor, u: Tensor, inverse: bool) -> tuple[Tensor, Tensor, Tenso
     least = limits.smallest_normal
     largest = torch.linalg.vector_norm(u.detach(), math.inf, dim=0).clamp_min_(least * limits.eps)
     v = u / largest
-    tiny, halves = _kept(_tiny, len(largest), u), _kept(_halves, len(largest), u)
+    tiny, halves = _kept(_tiny, u.shape[1], u), _kept(_halves, u.shape[1], u)
     core = torch.addmm(tiny, v.t(), v).mul_(halves)
     facing = core.t() if inverse else core
     inner = torch.linalg.solve_triangular(facing, torch.mm(x, v), upper=not inverse, left=False)
@@ -357,7 +357,7 @@ class _Reflected(torch.autograd.Function):
         if not for_u:
             return of_x, None, None, None, None
         half = torch.mm(s.t(), inner) if inverse else torch.mm(inner.t(), s)
-        half.mul_(_kept(_halves, len(half), u))
+        half.mul_(_kept(_halves, u.shape[1], u))
         of_v = torch.mm(x.reshape(g.shape).t(), s).addmm_(g.t(), inner)
         of_v = torch.addmm(of_v, v, half + half.t(), beta=-1)
         return of_x, of_v.div_(largest), None, None, None
