@@ -124,8 +124,9 @@ def randomized_svd(
     last one promises to be enough, only the directions in which the residual is longest are taken
     in.
 
-    Where the CPU multiplies bfloat16 and M is small enough to be kept, the search begins near the
-    end (`rough`), and one step from there will do for a σ_k that stands out of the rounding.
+    Where the CPU multiplies bfloat16, and M in bfloat16 takes no more than that, the search begins
+    near the end (`rough`), and one step from there will do for a σ_k that stands out of the
+    rounding.
 
     M is read row tile by row tile, once for each block and once before; up to `HELD` elements it is
     kept in fp32 instead. Besides there are X (n, d) and M X (o, d) with d = q times the blocks, two
@@ -153,9 +154,9 @@ def randomized_svd(
     small = shorter < max(NARROW * width, DENSE_SIDE) or whole_spectrum
     if dense or (dense is None and small):
         return _dense(source, rule)
-    fits = math.prod(source.matrix_shape) <= HELD
-    held = Held(source) if fits and not isinstance(source, DenseTiles) else source
-    near = fits and goal <= min(MOST, shorter // NARROW) and multiplies_bfloat16()
+    size = math.prod(source.matrix_shape)
+    held = Held(source) if size <= HELD and not isinstance(source, DenseTiles) else source
+    near = size <= 2 * HELD and goal <= min(MOST, shorter // NARROW) and multiplies_bfloat16()
     generator = torch.Generator().manual_seed(seed)
     space = KrylovSpace(held, min(width, shorter), generator, rough=goal if near else 0)
     since = 0  # steps since random columns came in

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftsurgery.linalg.products import orthonormal
-
 DIRECTIONS = 64  # input directions of a change whose factors are not at hand
 SAFE = 1e-6  # of the largest: directions below are noise of the factors
 ENOUGH = 0.98  # nearest rounding, which adds the least noise, is taken where it keeps so much
@@ -71,4 +69,7 @@ def row_space(rows: Tensor) -> Tensor | None:
     """
     if len(rows) > min(DIRECTIONS * 4, rows.shape[1] // 2):
         return None
-    return orthonormal(rows.T, SAFE * float(rows.norm()), len(rows))
+    wide = rows.double()
+    squares, turn = torch.linalg.eigh(wide @ wide.T)  # a tenth of the time of an SVD
+    kept = squares > SAFE**2 * squares[-1]
+    return (wide.T @ (turn[:, kept] / squares[kept].sqrt())).float()
