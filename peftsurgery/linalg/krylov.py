@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from .products import orthonormal, polished, without
+from .products import orthonormal, outside_of, polished
 from .rough import roughly_leading
 
 LOST = 1e-6  # of a column: what is smaller is rounding of fp32 products
@@ -48,7 +48,7 @@ def fresh_memory(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
 
 def whole(source: RowTiles) -> Tensor:
     """All rows of a matrix (o, n), fp32."""
-    matrix = torch.empty(source.matrix_shape)
+    matrix = fresh_memory(source.matrix_shape, torch.float32)
     for _ in source.tiles(matrix):
         pass
     return matrix
@@ -68,18 +68,14 @@ class KrylovSpace:
     ) -> None:
         self.source = source
         self.total = 0.0  # ||M||_F²
-        self.random = 0  # random columns that the space grew from
         self._generator = generator
         columns = source.matrix_shape[1]
-        self.near = False
-        if rough:
-            basis, self.near = self._roughly(rough, width)
-        else:
-            basis = self._sketched(width)
+        found = self._roughly(rough, width) if rough else (self._sketched(width), False)
+        basis, self.near = found
         if not self.near:
             basis = torch.cat([basis, self._fresh(width - basis.shape[1], [basis])], 1)
         self._bases = [basis]
-        self.random = basis.shape[1]
+        self.random = basis.shape[1]  # random columns that the space grew from
         self._images: list[Tensor] = []
         self._gram = torch.zeros(0, 0, dtype=torch.float64)  # G = (M X)ᵀ (M X)
         self._outside = torch.zeros(columns, 0)  # N (n, c), orthogonal to X
@@ -125,7 +121,7 @@ class KrylovSpace:
         columns = self.source.matrix_shape[1]
         block = orthonormal(self._outside, LOST, columns - self.dimension)
         if block.shape[1]:
-            block = polished(without(block, self._bases))
+            block = polished(outside_of(block, self._bases))
         self._outside = torch.zeros(columns, 0)
         self._coupling = self._coupling[:0]
         extra = min(extra, columns - self.dimension - block.shape[1])
@@ -142,7 +138,7 @@ class KrylovSpace:
         turn, squares, vectors = self._residual(rank)
         width = min(width, int((squares > LOST**2 * squares[-1]).sum()))
         longest = turn @ vectors[:, -width:] / squares[-width:].sqrt()
-        block = polished(without(self._outside @ longest.float(), self._bases))
+        block = polished(outside_of(self._outside @ longest.float(), self._bases))
         self._outside.addmm_(block, block.T @ self._outside, alpha=-1)
         self._bases.append(block)
 
@@ -208,7 +204,7 @@ class KrylovSpace:
         # each column on its own: the rounding of a long one is longer than what a short one finds
         tiny = torch.finfo(torch.float32).tiny
         lengths = torch.linalg.vector_norm(back, dim=0).clamp_min(tiny)
-        fresh = without(back, self._bases) / lengths
+        fresh = outside_of(back, self._bases) / lengths
         self._outside = torch.cat([self._outside, fresh], 1)
         wide = self._outside.double()
         self._metric = wide.T @ wide
@@ -252,7 +248,7 @@ class KrylovSpace:
         if count == 0:
             return random
         for _ in range(2):
-            random = orthonormal(without(random, known), 0.0, count)
+            random = orthonormal(outside_of(random, known), 0.0, count)
         return random
 
 

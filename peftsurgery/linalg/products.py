@@ -35,7 +35,7 @@ def polished(matrix: Tensor) -> Tensor:
     return matrix @ torch.linalg.solve_triangular(upper, unit, upper=True).float()
 
 
-def without(block: Tensor, known: list[Tensor]) -> Tensor:
+def outside_of(block: Tensor, known: list[Tensor]) -> Tensor:
     """The part of `block` that is orthogonal to the columns of `known`."""
     block = block.clone()
     for basis in known:

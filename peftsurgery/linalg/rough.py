@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from .products import orthonormal, polished, without
+from .products import orthonormal, outside_of, polished
 
 MOST = 128  # directions: for more, eigenvectors cost what the products save
 NOISE = 2.0**-7  # of ||M||_F: singular values below it may be those of the rounding
@@ -46,7 +46,7 @@ def roughly_leading(
     if first.shape[1] == 0:
         return first, False
     back = _columns((matrix @ first.bfloat16()).T.contiguous() @ matrix)
-    second = orthonormal(without(back, [first]), 0.0, width)
+    second = orthonormal(outside_of(back, [first]), 0.0, width)
     own, across = first.T @ back, back.T @ second
     image = (matrix @ second.bfloat16()).float()
     upper = torch.cat([own, across], 1)

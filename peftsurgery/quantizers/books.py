@@ -63,6 +63,11 @@ class Steps:
         return self.below.index_select(0, places).add_(above).reshape(values.shape)
 
 
+def wide(values: Tensor, out: Tensor | None = None) -> Tensor:
+    """Values in fp32 memory of their own, or in `out`."""
+    return (torch.empty(values.shape) if out is None else out).copy_(values)
+
+
 class Codebook:
     """table (C,) fp32: the value of every code; NaN and infinity for codes that are never chosen.
 
@@ -219,7 +224,7 @@ class Integers(Codebook):
         self.codes = (torch.arange(low, high + 1) + offset).to(dtype)
 
     def values(self, codes: Tensor, out: Tensor | None = None) -> Tensor:
-        found = codes.float() if out is None else out.copy_(codes)
+        found = wide(codes, out)
         return found.sub_(self.offset) if self.offset else found
 
     def nearest(self, units: Tensor) -> Tensor:
@@ -257,15 +262,13 @@ class Float8(Codebook):
         behind one of the exponent more, which makes it 2^8 times too small; its NaN is none there.
         """
         if self.float_dtype == torch.float8_e5m2:
-            wide = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(8)
-            half = wide.view(torch.float16)
-            return half.float() if out is None else out.copy_(half)
+            bits = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(8)
+            return wide(bits.view(torch.float16), out)
         other = self.float_dtype != torch.float8_e4m3fn or codes.numel() == 0
         if other or int((codes & 127).amax()) == 127:
             return super().values(codes, out)
-        wide = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7)
-        half = wide.bitwise_and_(~(1 << 14)).view(torch.float16)
-        return (half.float() if out is None else out.copy_(half)).mul_(256)
+        bits = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7)
+        return wide(bits.bitwise_and_(~(1 << 14)).view(torch.float16), out).mul_(256)
 
     def nearest(self, units: Tensor) -> Tensor:
         """Halfway between two, the even one (IEEE 754); what is too large saturates."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from peftsurgery.checkpoint import Checkpoint, LazyTensor
 from peftsurgery.checkpoint.gguf import GGUFTensor
 from peftsurgery.errors import CheckFailed, UnsupportedError
-from peftsurgery.quantizers.books import Codebook
+from peftsurgery.quantizers.books import Codebook, wide
 from peftsurgery.quantizers.gguf_blocks import RowOrder
 from peftsurgery.quantizers.grids import Grid
 from peftsurgery.quantizers.packed import Format, Outline, Packed
@@ -51,8 +51,7 @@ class Floats(Codebook):
         return self.values(chosen)
 
     def values(self, codes: Tensor, out: Tensor | None = None) -> Tensor:
-        stored = codes.view(self.float_dtype)
-        found = stored.to(torch.float32, copy=True) if out is None else out.copy_(stored)
+        found = wide(codes.view(self.float_dtype), out)
         return found.add_(self.shift) if self.shift else found
 
     def alike(self, codes: Tensor, others: Tensor) -> Tensor:
